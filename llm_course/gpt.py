@@ -229,15 +229,14 @@ def count_params(
             'norms': norm * (2 * c.n_layer + 1),
             'head': 0 if c.tie_embeddings else c.vocab_size * c.d_model}
 
-# %% ../nbs/06_gpt.ipynb #1f671994
+# %% ../nbs/06_gpt.ipynb #9f7ca5ca
 def flops_per_token(
     config: GPTConfig,      # any valid configuration
     seq_len: int|None = None, # tokens in the sequence; default max_seq_len
     training: bool = True   # forward and backward, or forward only
 ) -> int: # floating-point operations for one token
     "FLOPs of matrix products by formula (Kaplan et al., 2020, table 1; attention counted in full, without the saving of the causal half)."
-    c, n = config, count_params(config)
-    T = seq_len or c.max_seq_len
+    c, T = config, seq_len or config.max_seq_len
     q, kv, matrices = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, 3 if ACTIVATIONS[c.activation][1] else 2
     weights = c.n_layer * (2 * c.d_model * (q + kv) + matrices * c.d_model * c.d_ff) + c.vocab_size * c.d_model
     return (2 * weights + c.n_layer * 4 * T * q) * (3 if training else 1)
