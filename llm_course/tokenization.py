@@ -126,7 +126,7 @@ def _special_list(special_tokens: Iterable[str]) -> list[str]:
     if '' in names: raise ValueError('a special token cannot be the empty string: name it, for example <|endoftext|>')
     return names
 
-# %% ../nbs/03_tokenization.ipynb #34b410cd
+# %% ../nbs/03_tokenization.ipynb #e8275a4f
 class CharTokenizer(Tokenizer):
     "One token a character. A character that it was not made with cannot be encoded: that raises `ValueError`."
     def __init__(self,
@@ -142,10 +142,13 @@ class CharTokenizer(Tokenizer):
         self._id = {c: i for i, c in enumerate(self.chars)}
 
     @classmethod
-    def train(cls, texts: Iterable[str], special_tokens: Iterable[str] = ()) -> 'CharTokenizer':
+    def train(cls,
+        texts: Iterable[str],              # read once, one at a time
+        special_tokens: Iterable[str] = () # they get the last ids; in the texts they are left out
+    ) -> 'CharTokenizer':
         "A tokenizer for all characters of `texts`, in the order of their code points."
-        special = _special_list(special_tokens)
-        chars = set().union(*(part for text in _checked(texts) for part in _cut(text, special)[::2]))
+        special, chars = _special_list(special_tokens), set()
+        for text in _checked(texts): chars.update(*_cut(text, special)[::2])
         if not chars: raise ValueError('the corpus is empty: training needs at least one character')
         return cls(sorted(chars), special)
 
@@ -175,9 +178,10 @@ CL100K_PATTERN = '|'.join([
     r"\s+(?!\S)",                      # as in GPT-2
     r"\s+"])
 
-# %% ../nbs/03_tokenization.ipynb #274b288c
+# %% ../nbs/03_tokenization.ipynb #ca1e9b7b
 def _ascii_pattern(pattern: str) -> str|None:
     "What `pattern` means for ASCII text, in the words of `re`; None if it holds anything but the simplest syntax."
+    # a class, the beginning or end of a set, a group, a count, or one character
     parts = re.findall(r'\\p\{[LN]\}|\\[sSdDwWrnt]|\[\^?|\]|\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}|[^][\\(){}^$]|\)', pattern)
     if ''.join(parts) != pattern: return None
     out, inside = [], False
