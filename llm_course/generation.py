@@ -17,7 +17,7 @@ from .attention import KVCache
 from .gpt import GPT
 from .tokenization import Tokenizer
 
-# %% ../nbs/08_generation.ipynb #afb319ea
+# %% ../nbs/08_generation.ipynb #2397d8a9
 def top_k_filter(
     logits: Tensor, # scores (..., V)
     k: int          # how many to keep, at least 1
@@ -27,19 +27,20 @@ def top_k_filter(
     kth = logits.topk(min(k, logits.shape[-1]), dim=-1).values[..., -1:]      # (..., 1)
     return logits.masked_fill(logits < kth, -torch.inf)
 
-# %% ../nbs/08_generation.ipynb #70dc36d1
+# %% ../nbs/08_generation.ipynb #394d4a59
 def top_p_filter(
     logits: Tensor, # scores (..., V)
     p: float        # probability to keep, in (0, 1]
 ) -> Tensor: # scores (..., V), -inf where a token was removed
     "Keep the smallest set of most likely tokens whose probability reaches `p` (Holtzman et al., 2020, equation 2). Never empty."
     if not 0 < p <= 1: raise ValueError(f'top_p={p} is not in (0, 1]: 1 keeps everything')
+    if p == 1: return logits                                                  # a running total may reach 1 by rounding
     ranked, order = logits.sort(-1, descending=True)                          # (..., V)
     probs = ranked.softmax(-1)
     before = probs.cumsum(-1) - probs                                         # probability of the better ones
     return torch.empty_like(logits).scatter_(-1, order, ranked.masked_fill(before >= p, -torch.inf))
 
-# %% ../nbs/08_generation.ipynb #28ad1bf3
+# %% ../nbs/08_generation.ipynb #7a247949
 @dataclass(frozen=True)
 class SamplingConfig:
     "How the next token is drawn: scores / temperature, then top-k, then top-p. Temperature 0 is greedy choice."
@@ -71,9 +72,10 @@ def sample_token(
     generator: torch.Generator|None = None     # where the chance comes from; default: PyTorch's shared generator
 ) -> int: # id of the token
     "Draw one token."
-    return torch.multinomial(next_token_probs(logits, config).to(generator.device if generator else logits.device), 1, generator=generator).item()
+    device = generator.device if generator else logits.device                 # multinomial wants both on one device
+    return torch.multinomial(next_token_probs(logits, config).to(device), 1, generator=generator).item()
 
-# %% ../nbs/08_generation.ipynb #ebe9ba7f
+# %% ../nbs/08_generation.ipynb #07d8b59b
 @torch.no_grad()
 def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
     "Scores (V,) for the token after `ids`, with dropout off."
@@ -91,7 +93,7 @@ def _check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int, slide:
     if not slide and len(prompt) + max_new_tokens - 1 > limit:
         raise ValueError(f'{len(prompt)} + {max_new_tokens} tokens exceed max_seq_len={limit}, and the window may not slide: ask for at most {limit - len(prompt) + 1}')
 
-# %% ../nbs/08_generation.ipynb #a2a99550
+# %% ../nbs/08_generation.ipynb #8816ab08
 def generate_stream(
     model: GPT,                            # any GPT, on any device
     prompt: Sequence[int],                 # ids, at least one and at most max_seq_len
@@ -122,7 +124,7 @@ def generate(
     "Continue `prompt` and return the new tokens."
     return list(generate_stream(model, prompt, max_new_tokens, **options))
 
-# %% ../nbs/08_generation.ipynb #bd3c9e81
+# %% ../nbs/08_generation.ipynb #a8054625
 def stream_text(
     model: GPT,                   # any GPT
     tokenizer: Tokenizer,         # the one it was trained with

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from .attention import KVCache, MultiHeadAttention, RMSNorm, rope_frequencies
 from .core import generator
 
-# %% ../nbs/06_gpt.ipynb #f55d3cee
+# %% ../nbs/06_gpt.ipynb #dd6e336a
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = { # name -> (function, whether it gates)
     'relu2':     (lambda x: F.relu(x).square(), False),
     'gelu':      (F.gelu, False),
@@ -26,7 +26,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = { # name -> (f
     'swiglu':    (F.silu, True),
     'geglu':     (F.gelu, True)}
 
-# %% ../nbs/06_gpt.ipynb #25f659ca
+# %% ../nbs/06_gpt.ipynb #0b4b732d
 class MLP(nn.Module):
     "Position-wise feed-forward layer, plain or gated (Vaswani et al., 2017, section 3.3; Shazeer, 2020). (…, d_model) in and out."
     def __init__(self, d_model: int, d_ff: int, activation: str = 'swiglu', bias: bool = False):
@@ -41,7 +41,7 @@ class MLP(nn.Module):
         h = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
         return self.down_proj(h)                                              # (..., d_model)
 
-# %% ../nbs/06_gpt.ipynb #a025b0be
+# %% ../nbs/06_gpt.ipynb #d993bdb3
 @dataclass(frozen=True)
 class GPTConfig:
     "Shape and flavour of a `GPT`. Validated on construction; `None` means the usual value, filled in at once."
@@ -62,12 +62,12 @@ class GPTConfig:
     bias: bool = False              # in linear layers and LayerNorm
     tie_embeddings: bool = True
     dropout: float = 0.
-    init_std: float = .02
+    init_std: float|None = None     # of the initial weights; default 1 / sqrt(d_model)
     residual_init: str = 'scaled'   # 'scaled': init_std / sqrt(2 n_layer), as GPT-2; 'zero': each block starts as the identity
 
     def __post_init__(self): self._fill_and_validate()
 
-# %% ../nbs/06_gpt.ipynb #418df197
+# %% ../nbs/06_gpt.ipynb #33d7ed13
 def _check(ok: bool, message: str) -> None:
     if not ok: raise ValueError(message)
 
@@ -88,15 +88,16 @@ def _fill_and_validate(self: GPTConfig) -> None:
            f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: each key head serves the same number of query heads')
     _one_of('activation', self.activation, list(ACTIVATIONS))
     gated = ACTIVATIONS[self.activation][1]
-    default('d_ff', -(-8 * self.d_model // (3 * 32)) * 32 if gated else 4 * self.d_model)
+    default('init_std', self.d_model**-.5)
+    default('d_ff', 32 * math.ceil(8 * self.d_model / 96) if gated else 4 * self.d_model)
     _one_of('norm', self.norm, ['layernorm', 'rmsnorm']); _one_of('position', self.position, ['learned', 'rope'])
     _one_of('residual_init', self.residual_init, ['scaled', 'zero'])
     _check(self.position != 'rope' or self.head_dim % 2 == 0, f'head_dim={self.head_dim} is odd: RoPE turns pairs, choose an even one')
     _check(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
     _check(self.d_ff > 0 and self.norm_eps > 0 and self.init_std > 0, f'd_ff={self.d_ff}, norm_eps={self.norm_eps}, init_std={self.init_std}: must be positive')
 
-# %% ../nbs/06_gpt.ipynb #5876a2fb
-_GPT2 = dict(vocab_size=50257, max_seq_len=1024, norm='layernorm', activation='gelu_tanh', position='learned', bias=True)
+# %% ../nbs/06_gpt.ipynb #54d8b9b3
+_GPT2 = dict(vocab_size=50257, max_seq_len=1024, norm='layernorm', activation='gelu_tanh', position='learned', bias=True, init_std=.02)
 
 PRESETS: dict[str, dict] = {
     'course-tiny':  dict(vocab_size=2048, max_seq_len=128, n_layer=4, n_head=4, d_model=128, activation='relu2', qk_norm=True, residual_init='zero'),
@@ -127,7 +128,7 @@ def to_dict(self: GPTConfig) -> dict:
     "Every field and its value, ready for JSON."
     return dataclasses.asdict(self)
 
-# %% ../nbs/06_gpt.ipynb #d58ac1bb
+# %% ../nbs/06_gpt.ipynb #5d43d1e3
 def make_norm(
     config: GPTConfig # says which norm, its epsilon, and whether LayerNorm has a bias
 ) -> nn.Module: # maps (..., d_model) to the same shape
@@ -150,7 +151,7 @@ class Block(nn.Module):
         x = x + self.dropout(self.attn(self.norm1(x), rope=rope, mask=mask, cache=cache))
         return x + self.dropout(self.mlp(self.norm2(x)))
 
-# %% ../nbs/06_gpt.ipynb #fe5468ea
+# %% ../nbs/06_gpt.ipynb #f4b1bad8
 class GPT(nn.Module):
     "A decoder-only transformer of the GPT-2 or the Llama family. `seed` fixes the initial weights without touching shared random state."
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -179,7 +180,7 @@ class GPT(nn.Module):
             bad = ids[(ids < 0) | (ids >= c.vocab_size)][0].item()
             raise ValueError(f'id {bad} is not in the vocabulary [0, {c.vocab_size}): do the tokenizer and the model belong together?')
 
-# %% ../nbs/06_gpt.ipynb #e221a093
+# %% ../nbs/06_gpt.ipynb #0be535af
 @patch
 def hidden(self: GPT, ids: Tensor, mask: Tensor|None = None, cache: KVCache|None = None) -> Tensor:
     """Final hidden states after the last norm: ids (B, T) int64 -> (B, T, d_model). `mask` replaces the causal one (see `MultiHeadAttention`).
@@ -202,7 +203,7 @@ def forward(self: GPT, ids: Tensor, targets: Tensor|None = None, cache: KVCache|
     _check(targets.shape == ids.shape, f'targets of shape {tuple(targets.shape)} do not fit ids of shape {tuple(ids.shape)}')
     return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
 
-# %% ../nbs/06_gpt.ipynb #eb41d7bd
+# %% ../nbs/06_gpt.ipynb #f0c76575
 @patch
 def init_weights(self: GPT, seed: int) -> None:
     "Normal weights with `init_std`; norms 1, biases 0; writers into the residual stream scaled or zero (Radford et al., 2019, section 2.3)."
@@ -214,7 +215,7 @@ def init_weights(self: GPT, seed: int) -> None:
         if p.dim() == 2: p.data.normal_(0, std if writes else c.init_std, generator=g)
         else: p.data.fill_(0. if name.endswith('bias') else 1.)
 
-# %% ../nbs/06_gpt.ipynb #f354c4d0
+# %% ../nbs/06_gpt.ipynb #f75976f1
 def count_params(
     config: GPTConfig # any valid configuration
 ) -> dict[str, int]: # parameters by part; the sum is the total, tied weights counted once
@@ -229,7 +230,7 @@ def count_params(
             'norms': norm * (2 * c.n_layer + 1),
             'head': 0 if c.tie_embeddings else c.vocab_size * c.d_model}
 
-# %% ../nbs/06_gpt.ipynb #9f7ca5ca
+# %% ../nbs/06_gpt.ipynb #ef9ede13
 def flops_per_token(
     config: GPTConfig,      # any valid configuration
     seq_len: int|None = None, # tokens in the sequence; default max_seq_len

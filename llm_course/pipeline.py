@@ -7,8 +7,8 @@ __all__ = ['log', 'COMMANDS', 'corpus_key', 'StaleError', 'step', 'RunConfig', '
            'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'run', 'find_checkpoint', 'generate_command',
            'main']
 
-# %% ../nbs/26_pipeline.ipynb #2efc8892
-import dataclasses, hashlib, json, logging, os, shutil, sys, time
+# %% ../nbs/26_pipeline.ipynb #be95f4d7
+import dataclasses, hashlib, json, logging, os, shlex, shutil, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -25,19 +25,19 @@ from .pretraining import (BigramModel, CheckpointError, DivergedError, Evaluatio
                                     evaluate, list_checkpoints, load_checkpoint, plot_run, read_log)
 from .tokenization import BPETokenizer, Tokenizer, load_tokenizer
 
-# %% ../nbs/26_pipeline.ipynb #f7fac2e6
+# %% ../nbs/26_pipeline.ipynb #5abd96be
 log = logging.getLogger('llm_course')
 
-# %% ../nbs/26_pipeline.ipynb #d7d16c0b
+# %% ../nbs/26_pipeline.ipynb #e5206f81
 def corpus_key(
     docs: Sequence[Document] # names and texts, in order
 ) -> str: # 16 hexadecimal digits
     "A checksum of a corpus that changes with any name, text, border or order."
     digest = hashlib.sha256()
-    for d in docs: digest.update(f'{d.name}\0{d.text}\0'.encode('utf-8', 'surrogatepass'))
+    for d in docs: digest.update(json.dumps([d.name, d.text]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/26_pipeline.ipynb #0c257158
+# %% ../nbs/26_pipeline.ipynb #391b9025
 class StaleError(ValueError):
     "A result that was made from other inputs, and must not be replaced silently."
 
@@ -48,24 +48,31 @@ def step(
     outputs: Sequence[Path],                     # files that `make` writes, each atomically
     make: Callable[[], Any],                     # does the work
     say: Callable[[str], None] = log.info,       # where messages go
-    final: bool = False                          # later work depends on it: raise `StaleError` instead of making it anew
+    final: bool = False                          # later work depends on it: raise `StaleError` if its inputs have changed
 ) -> bool: # whether `make` was called
     "Run `make` unless its outputs are there and were made from the same inputs."
-    record = folder/'steps.json'
-    known = json.loads(record.read_text(encoding='utf-8')) if record.exists() else {}
-    old, present = known.get(name), all(p.exists() for p in outputs)
+    known = _read_steps(folder)
+    old, present = known.pop(name, None), all(p.exists() for p in outputs)
     if present and old == inputs:
         say(f'{name}: already there, made from the same inputs')
         return False
-    changed = sorted(k for k in inputs.keys() | (old or {}).keys() if inputs.get(k) != (old or {}).get(k))
-    if final:
-        raise StaleError(f'{folder} was trained on another {name} ({", ".join(f"{k}: {(old or {}).get(k)} then, {inputs.get(k)} now" for k in changed)}): '
-                         'choose another --name, or --fresh true to start over')
+    if final and old != inputs:
+        changed = [f'{k}: {(old or {}).get(k)} then, {inputs.get(k)} now' for k in sorted(inputs.keys() | (old or {}).keys()) if inputs.get(k) != (old or {}).get(k)]
+        raise StaleError(f'{folder} was trained on another {name} ({", ".join(changed)}): choose another --name, or --fresh true to start over')
+    say(f'{name}: making it')
+    if old is not None: _write_steps(folder, known)
     make()
-    with atomic_write(record, 'w') as f: json.dump({**known, name: inputs}, f, indent=1)
+    _write_steps(folder, known | {name: inputs})
     return True
 
-# %% ../nbs/26_pipeline.ipynb #401929a4
+def _read_steps(folder: Path) -> dict:
+    record = folder/'steps.json'
+    return json.loads(record.read_text(encoding='utf-8')) if record.exists() else {}
+
+def _write_steps(folder: Path, steps: dict) -> None:
+    with atomic_write(folder/'steps.json', 'w') as f: json.dump(steps, f, indent=1)
+
+# %% ../nbs/26_pipeline.ipynb #3b47ed26
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that a run depends on."
@@ -83,7 +90,11 @@ class RunConfig:
     fresh: bool = False            # delete an earlier run of this name first
 
     @property
-    def folder(self) -> Path: return Path(self.out)/(self.name or Path(self.data).stem)
+    def folder(self) -> Path:
+        "Where the run lives: `out`/`name`."
+        name = self.name or Path(self.data).stem
+        if not name or name in ('.', '..') or '/' in name or '\\' in name: raise ValueError(f'name={name!r} is not the name of a folder: choose one with --name')
+        return Path(self.out)/name
 
     def model_config(self, vocab_size: int) -> GPTConfig:
         "The model of this run for a tokenizer of that size."
@@ -94,7 +105,7 @@ class RunConfig:
         t = self.train
         return t if t.milestones else dataclasses.replace(t, milestones=(max(1, t.max_steps // 2),))
 
-# %% ../nbs/26_pipeline.ipynb #fc6dbb06
+# %% ../nbs/26_pipeline.ipynb #830d98a6
 def config_path(
     name: str # 'shakespeare-cpu', 'shakespeare-cpu.yaml', or the path of a file
 ) -> Path:
@@ -106,32 +117,39 @@ def config_path(
     raise FileNotFoundError(f'no configuration {name!r}: name a YAML file, or one of {", ".join(sorted(p.stem for p in shipped.glob("*.yaml")))}')
 
 def default_config(
-    data: str # as in RunConfig
+    data: str,              # as in RunConfig
+    device: str|None = None # the device to insist on, if any
 ) -> str: # name of a shipped configuration
-    "The configuration for a corpus on this machine: that of the corpus and tier if there is one, otherwise Shakespeare's."
-    if tier() == 'quick': return 'quick'
-    for name in (f'{data}-{tier()}', f'{data}-cpu', f'shakespeare-{tier()}'):
+    "The configuration for a corpus on this machine: that of the corpus and tier if there is one, otherwise that for any text."
+    at = tier() if device is None or tier() == 'quick' else 'cpu' if device == 'cpu' else 'gpu'
+    if at == 'quick': return 'quick'
+    for name in (f'{data}-{at}', f'{data}-cpu', f'custom-{at}'):
         try: config_path(name); return name
         except FileNotFoundError: continue
     raise FileNotFoundError(f'no configuration for {data!r}')
 
-# %% ../nbs/26_pipeline.ipynb #0798d932
+# %% ../nbs/26_pipeline.ipynb #512a77a1
+def _jsonargparse() -> Any:
+    try: import jsonargparse, yaml
+    except ImportError: raise ImportError("the command line needs jsonargparse and PyYAML: pip install 'llm_course[train]'") from None
+    return jsonargparse
+
 def _run_parser(description: str = '') -> Any:
     "A parser of everything in RunConfig, and of `--config`."
-    try: from jsonargparse import ActionConfigFile, ArgumentParser
-    except ImportError: raise ImportError("the command line needs jsonargparse and PyYAML: pip install 'llm_course[train]'") from None
-    parser = ArgumentParser(prog='llm-course', allow_abbrev=False, description=description)
-    parser.add_argument('--config', action=ActionConfigFile, help='a YAML file, or the name of one that ships with the package')
+    lib = _jsonargparse()
+    parser = lib.ArgumentParser(prog='llm-course', allow_abbrev=False, description=description)
+    parser.add_argument('--config', action=lib.ActionConfigFile, help='a YAML file, or the name of one that ships with the package')
     parser.add_class_arguments(RunConfig, as_group=False)
     return parser
 
 def _with_config(args: Sequence[str]) -> list[str]:
     "Put the default configuration in front, and replace the name of a shipped one by its path."
-    args = [a for arg in args for a in (arg.split('=', 1) if arg.startswith(('--config=', '--data=')) else [arg])]
-    value = lambda flag: args[args.index(flag) + 1] if flag in args[:-1] else None
-    if '--config' not in args: return ['--config', str(config_path(default_config(value('--data') or 'shakespeare'))), *args]
-    if name := value('--config'): args[args.index('--config') + 1] = str(config_path(name))
-    return args
+    flags = ('--config', '--data', '--device')
+    args = [a for arg in args for a in (arg.split('=', 1) if arg.split('=')[0] in flags else [arg])]
+    given = {a: b for a, b in zip(args, args[1:]) if a in flags}
+    if '--config' not in given: return ['--config', str(config_path(default_config(given.get('--data', 'shakespeare'), given.get('--device')))), *args]
+    at = args.index('--config')
+    return ['--config', str(config_path(args[at + 1])), *args[:at], *args[at + 2:]]      # first, so that the rest overrides it
 
 def _to_config(values: Any) -> RunConfig:
     return RunConfig(**{f.name: values[f.name] for f in dataclasses.fields(RunConfig)})
@@ -144,7 +162,7 @@ def load_config(
     parser = _run_parser()
     return _to_config(parser.instantiate(parser.parse_args(_with_config(['--config', name, *overrides]))))
 
-# %% ../nbs/26_pipeline.ipynb #8362c16b
+# %% ../nbs/26_pipeline.ipynb #2865e6c9
 @dataclass
 class Prepared:
     "What `prepare` made: a tokenizer and two token files."
@@ -152,31 +170,40 @@ class Prepared:
     train: TokenFile
     val: TokenFile
 
+def _delete_run(folder: Path) -> None:
+    "Delete a run, and nothing that is not one."
+    if not folder.exists(): return
+    if not (folder/'steps.json').is_file(): raise ValueError(f'{folder} is not a run (it has no steps.json), so --fresh will not delete it: choose another --name')
+    shutil.rmtree(folder)
+
 def prepare(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
     progress: bool = True                  # show bars
 ) -> Prepared:
     "Read the corpus, hold out documents, train the tokenizer on the rest, write token files; what is up to date is reused."
-    folder = config.folder
-    if config.fresh and folder.exists(): shutil.rmtree(folder)
+    folder, docs = config.folder, read_documents(config.data)
+    if config.fresh: _delete_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    docs = read_documents(config.data)
     train, val = split_documents(docs, config.val_fraction)
-    say(f'text: {len(docs)} documents, {sum(len(d.text) for d in docs):,} characters; held out: {", ".join(d.name for d in val[:3])}{" …" if len(val) > 3 else ""}')
+    names = ', '.join(d.name for d in val[:3]) + (' …' if len(val) > 3 else '')
+    say(f'text: {len(docs)} documents, {sum(len(d.text) for d in docs):,} characters; held out: {names}')
+
     trained, where = bool(list_checkpoints(folder)), folder/'tokenizer.json'
     inputs = {'corpus': corpus_key(docs), 'val_fraction': config.val_fraction, 'vocab_size': config.vocab_size}
-    step(folder, 'tokenizer', inputs, [where], lambda: BPETokenizer.train((d.text for d in train), config.vocab_size, progress=progress).save(where), say, final=trained)
+    def train_tokenizer() -> None: BPETokenizer.train((d.text for d in train), config.vocab_size, progress=progress).save(where)
+    step(folder, 'tokenizer', inputs, [where], train_tokenizer, say, final=trained)
     tok = load_tokenizer(where)
+
     paths = {folder/'train.bin': train, folder/'val.bin': val}
-    def write_both() -> None:
+    def encode() -> None:
         for path, part in paths.items(): write_tokens(path, encode_documents(part, tok), tok)
-    step(folder, 'tokens', inputs | {'tokenizer': tok.fingerprint}, list(paths), write_both, say, final=trained)
+    step(folder, 'token files', inputs | {'tokenizer': tok.fingerprint}, list(paths), encode, say, final=trained)
     out = Prepared(tok, *(open_tokens(p, tok) for p in paths))
     say(f'tokens: {len(out.train):,} to learn from, {len(out.val):,} held out, {out.train.n_bytes / len(out.train):.2f} bytes each')
     return out
 
-# %% ../nbs/26_pipeline.ipynb #4c0dd59e
+# %% ../nbs/26_pipeline.ipynb #6f9096b4
 def pretrain(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -193,12 +220,17 @@ def pretrain(
         return trainer
     if resumed: say(f'model: going on from step {trainer.step}')
     plan = Budget('training', flops=left * tokens * flops_per_token(mc, trainer.seq_len), params=params, efficiency=.25, device=device.type)
-    say(f'model: {params:,} parameters on {device}; {left} steps of {tokens:,} tokens, about {plan.seconds / 60:.1f} minutes')
-    with plan: trainer.fit(progress=progress)
-    say(f'model: trained in {plan.measured["seconds"] / 60:.1f} minutes')
+    say(f'model: {params:,} parameters on {device}; {left} steps of {tokens:,} tokens, about {_duration(plan.seconds)}')
+    def report(t: Trainer, record: dict) -> None:                         # where no bar is drawn, a line for each validation
+        if 'val_loss' in record: say(f'  step {record["step"]}: loss {record["loss"]:.3f}, validation {record["val_loss"]:.3f}')
+    bar = progress and sys.stderr.isatty()
+    with plan: trainer.fit(progress=progress, on_step=None if bar else report)
+    say(f'model: trained in {_duration(plan.measured["seconds"])}')
     return trainer
 
-# %% ../nbs/26_pipeline.ipynb #9e098ef5
+def _duration(seconds: float) -> str: return f'{seconds:.0f} seconds' if seconds < 100 else f'{seconds / 60:.1f} minutes'
+
+# %% ../nbs/26_pipeline.ipynb #02d8dcfe
 def verdict(
     trainer: Trainer,      # a trained model and its data
     train_tokens: TokenFile# what it learned from, to count pairs
@@ -220,7 +252,7 @@ def samples(
     draw = lambda m: generate_text(m, tokenizer, config.prompt, config.sample_tokens, config=SamplingConfig(.8, top_p=.95), generator=generator(0))
     return {s: config.prompt + draw(m) for s, m in models.items()}
 
-# %% ../nbs/26_pipeline.ipynb #f809d364
+# %% ../nbs/26_pipeline.ipynb #c793d2a7
 def _draw(config: RunConfig, found: dict[str, Evaluation]) -> Path|None:
     "The loss curve as a picture, in nats per byte, if matplotlib is installed."
     try: import matplotlib
@@ -231,6 +263,22 @@ def _draw(config: RunConfig, found: dict[str, Evaluation]) -> Path|None:
              scale=found['model'].nats_per_byte / found['model'].nats_per_token, ylabel='nats per byte')
     with atomic_write(config.folder/'loss.png') as f: ax.figure.savefig(f, format='png', dpi=120)
     return config.folder/'loss.png'
+
+def _command(name: str) -> str:
+    "How to call one of our commands from here: by name if it is on PATH, otherwise by the place where it is installed."
+    here = Path(sys.executable).parent/name
+    return name if shutil.which(name) or not here.exists() else os.path.relpath(here)
+
+def _report(config: RunConfig, found: dict[str, Evaluation], texts: dict[int, str], places: dict[str, Any]) -> str:
+    "What a run says at its end."
+    titles = {s: 'before training' if s == 0 else 'after training' if s == max(texts) else f'at step {s}' for s in texts}
+    lines = [f'\n--- {titles[s]} ---\n{text}' for s, text in texts.items()]
+    lines += ['\nLoss on the held-out text, nats per byte (lower is better):', *(f'  {name:8} {e.nats_per_byte:.3f}' for name, e in found.items())]
+    places = places | {'log': config.folder/'log.jsonl', 'report': config.folder/'report.json'}
+    lines += ['\nWhere everything is:', *(f'  {k:10} {v}' for k, v in places.items()), '\nWhat next:']
+    generate = f'{_command("llm-course")} generate --checkpoint {shlex.quote(str(config.folder))} --prompt {shlex.quote(config.prompt)}'
+    lines += [f'  {generate}', f'  {_command("tensorboard")} --logdir {shlex.quote(config.out)}', '  make lab    (the course; chapter 10 explains what you have just seen)']
+    return '\n'.join(lines)
 
 def run(
     config: RunConfig,
@@ -243,18 +291,10 @@ def run(
     picture, last = _draw(config, found), list_checkpoints(config.folder)[-1]
     report = {'evaluation': {k: dataclasses.asdict(e) for k, e in found.items()}, 'samples': texts, 'config': dataclasses.asdict(config)}
     with atomic_write(config.folder/'report.json', 'w') as f: json.dump(report, f, indent=1, ensure_ascii=False)
-    for s, text in texts.items():
-        when = 'before training' if s == 0 else 'after training' if s == max(texts) else f'at step {s}'
-        say(f'\n--- {when} ---\n{text}')
-    say('\nLoss on the held-out text, nats per byte (lower is better):')
-    for name, e in found.items(): say(f'  {name:8} {e.nats_per_byte:.3f}')
-    rows = {'checkpoint': last, 'loss curve': picture or "not drawn: pip install 'llm_course[train]'", 'log': config.folder/'log.jsonl', 'report': config.folder/'report.json'}
-    say('\nWhere everything is:\n' + '\n'.join(f'  {k:10} {v}' for k, v in rows.items()))
-    say(f'\nWhat next:\n  llm-course generate --checkpoint {config.folder} --prompt "{config.prompt}"\n'
-        f'  tensorboard --logdir {config.out}\n  make lab        (the course; chapter 10 explains what you have just seen)')
+    say(_report(config, found, texts, {'checkpoint': last, 'loss curve': picture or "not drawn: pip install 'llm_course[train]'"}))
     return {'checkpoint': last, 'evaluation': found, 'samples': texts, 'picture': picture}
 
-# %% ../nbs/26_pipeline.ipynb #e981a408
+# %% ../nbs/26_pipeline.ipynb #958a862d
 def find_checkpoint(
     path: str|Path # a checkpoint, a run, or a folder of runs
 ) -> Path:
@@ -284,7 +324,7 @@ def generate_command(
         sys.stdout.write(piece); sys.stdout.flush()
     sys.stdout.write('\n')
 
-# %% ../nbs/26_pipeline.ipynb #e9aba48f
+# %% ../nbs/26_pipeline.ipynb #066464fa
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
     say(f'{config.data}: {len(docs)} documents, {sum(len(d.text.encode()) for d in docs):,} bytes')
@@ -297,7 +337,7 @@ COMMANDS = {'data': ('fetch a corpus and say what is in it', _data_command),
 
 def _parser() -> Any:
     "The parser of the whole command."
-    from jsonargparse import ArgumentParser
+    ArgumentParser = _jsonargparse().ArgumentParser
     parser = ArgumentParser(prog='llm-course', allow_abbrev=False, description='Build a language model: from a text to a model that writes.')
     commands = parser.add_subcommands(title='commands')
     for name, (text, _) in COMMANDS.items(): commands.add_subcommand(name, _run_parser(text.capitalize() + '.'), help=text)
@@ -324,7 +364,7 @@ def main(
         else: COMMANDS[args.subcommand][1](_to_config(values), _say)
         return 0
     except KeyboardInterrupt:
-        _say('\nInterrupted. What was done is kept: the same command goes on from there.')
+        _say('\nInterrupted. What was done is kept: the same command (without --fresh) goes on from there.')
         return 130
     except (ValueError, OSError, ImportError, DeviceError, DivergedError) as e:
         if os.environ.get('LLM_COURSE_DEBUG'): raise

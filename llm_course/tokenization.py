@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import atomic_write
 
-# %% ../nbs/03_tokenization.ipynb #34b0a4ae
+# %% ../nbs/03_tokenization.ipynb #09fecc1d
 class Tokenizer:
     "Text to ids and back. A subclass says how ordinary text becomes ids; special tokens, decoding and errors are the same for all."
     vocab_size: int                 # one more than the largest id
@@ -39,13 +39,13 @@ class Tokenizer:
         self._bytes = tokens | {i: name.encode() for name, i in special_tokens.items()}
         self.vocab_size = max(self._bytes) + 1
 
+    def __repr__(self) -> str: return f'{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})'
+    # a subclass defines these three:
     def _ordinary(self, text: str) -> list[int]: raise NotImplementedError  # ids of text without special tokens
     def _identity(self) -> list: raise NotImplementedError                  # everything that determines ids, as JSON
     def _to_dict(self) -> dict: raise NotImplementedError                   # what is saved
 
-    def __repr__(self) -> str: return f'{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})'
-
-# %% ../nbs/03_tokenization.ipynb #4520a2e2
+# %% ../nbs/03_tokenization.ipynb #b9a6f0d2
 @patch
 def decode_bytes(
     self: Tokenizer,
@@ -58,6 +58,7 @@ def decode_bytes(
         raise ValueError(f'id {e.args[0]} is not in this vocabulary, whose ids are below {self.vocab_size}: '
                          'were these ids made by another tokenizer?') from None
 
+# %% ../nbs/03_tokenization.ipynb #cf2489de
 @patch
 def decode(
     self: Tokenizer,
@@ -66,7 +67,7 @@ def decode(
     "The text that `ids` stand for. Bytes that are not UTF-8, such as half a character, become U+FFFD (�)."
     return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-# %% ../nbs/03_tokenization.ipynb #76bb7ea3
+# %% ../nbs/03_tokenization.ipynb #40aef3d4
 def _names(choice: str|Iterable[str], known: Iterable[str], what: str) -> set[str]:
     "The special tokens that an argument of `encode` means."
     if isinstance(choice, str):
@@ -76,18 +77,20 @@ def _names(choice: str|Iterable[str], known: Iterable[str], what: str) -> set[st
         raise ValueError(f'{what} names {sorted(strange)}, but the special tokens of this tokenizer are {sorted(known)}')
     return set(choice)
 
+# %% ../nbs/03_tokenization.ipynb #a807057f
 def _cut(text: str, names: Iterable[str]) -> list[str]:
     "The text, cut at special tokens: ordinary text at even places, special tokens at odd ones. The longest name wins."
     if not names: return [text]
     return re.split('(' + '|'.join(re.escape(n) for n in sorted(names, key=len, reverse=True)) + ')', text)
 
+# %% ../nbs/03_tokenization.ipynb #b63770dc
 def _surrogate_error(text: str) -> ValueError:
     "The exception for a text that UTF-8 cannot hold."
     at = next(i for i, c in enumerate(text) if '\ud800' <= c <= '\udfff')
     return ValueError(f'character {at} is U+{ord(text[at]):04X}, half of a surrogate pair, which UTF-8 cannot hold: '
                       "repair the text with text.encode('utf-16', 'surrogatepass').decode('utf-16', 'replace')")
 
-# %% ../nbs/03_tokenization.ipynb #ba222191
+# %% ../nbs/03_tokenization.ipynb #183dcb77
 @patch
 def encode(
     self: Tokenizer,
@@ -109,7 +112,7 @@ def encode(
     except UnicodeEncodeError: raise _surrogate_error(text) from None
     return ids
 
-# %% ../nbs/03_tokenization.ipynb #d4853138
+# %% ../nbs/03_tokenization.ipynb #d4d1b4df
 def _checked(texts: Iterable[str]) -> Iterator[str]:
     "The texts, one by one, each known to be a `str` that UTF-8 can hold."
     if isinstance(texts, str): raise TypeError('texts is one str, and would be taken for a list of characters: pass [text]')
@@ -119,6 +122,7 @@ def _checked(texts: Iterable[str]) -> Iterator[str]:
         except UnicodeEncodeError: raise _surrogate_error(text) from None
         yield text
 
+# %% ../nbs/03_tokenization.ipynb #79747675
 def _special_list(special_tokens: Iterable[str]) -> list[str]:
     if isinstance(special_tokens, str): raise TypeError(f'special_tokens is one str: pass ({special_tokens!r},)')
     names = list(special_tokens)
@@ -126,7 +130,7 @@ def _special_list(special_tokens: Iterable[str]) -> list[str]:
     if '' in names: raise ValueError('a special token cannot be the empty string: name it, for example <|endoftext|>')
     return names
 
-# %% ../nbs/03_tokenization.ipynb #e8275a4f
+# %% ../nbs/03_tokenization.ipynb #e8592be9
 class CharTokenizer(Tokenizer):
     "One token a character. A character that it was not made with cannot be encoded: that raises `ValueError`."
     def __init__(self,
@@ -152,14 +156,16 @@ class CharTokenizer(Tokenizer):
         if not chars: raise ValueError('the corpus is empty: training needs at least one character')
         return cls(sorted(chars), special)
 
-    def _ordinary(self, text: str) -> list[int]:
-        try: return list(map(self._id.__getitem__, text))
-        except KeyError as e:
-            c, at = e.args[0], text.index(e.args[0])
-            raise ValueError(f'character {c!r} (U+{ord(c):04X}) in {text[max(0, at - 10):at + 10]!r} was not in the training text: '
-                             'train on text that has it, or use a BPETokenizer, which knows every character') from None
+# %% ../nbs/03_tokenization.ipynb #608d0c33
+@patch
+def _ordinary(self: CharTokenizer, text: str) -> list[int]:
+    try: return list(map(self._id.__getitem__, text))
+    except KeyError as e:
+        c, at = e.args[0], text.index(e.args[0])
+        raise ValueError(f'character {c!r} (U+{ord(c):04X}) in {text[max(0, at - 10):at + 10]!r} was not in the training text: '
+                         'train on text that has it, or use a BPETokenizer, which knows every character') from None
 
-# %% ../nbs/03_tokenization.ipynb #f90ee636
+# %% ../nbs/03_tokenization.ipynb #8927b4f3
 GPT2_PATTERN = '|'.join([
     r"'(?:[sdmt]|ll|ve|re)",   # English endings, so that it's and Tom's share theirs: 's 'd 'm 't 'll 've 're
     r" ?\p{L}+",               # a word, with the space before it: no tokens are spent on single spaces
@@ -168,7 +174,7 @@ GPT2_PATTERN = '|'.join([
     r"\s+(?!\S)",              # white space, except its last character before a word: that one belongs to the word
     r"\s+"])                   # white space that is left, such as one line break
 
-# %% ../nbs/03_tokenization.ipynb #f7fedf58
+# %% ../nbs/03_tokenization.ipynb #2f1e57cd
 CL100K_PATTERN = '|'.join([
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)",   # the same endings in small letters and capitals
     r"[^\r\n\p{L}\p{N}]?\p{L}+",       # a word, with one other character before it
@@ -178,38 +184,27 @@ CL100K_PATTERN = '|'.join([
     r"\s+(?!\S)",                      # as in GPT-2
     r"\s+"])
 
-# %% ../nbs/03_tokenization.ipynb #ca1e9b7b
-def _ascii_pattern(pattern: str) -> str|None:
-    "What `pattern` means for ASCII text, in the words of `re`; None if it holds anything but the simplest syntax."
-    # a class, the beginning or end of a set, a group, a count, or one character
-    parts = re.findall(r'\\p\{[LN]\}|\\[sSdDwWrnt]|\[\^?|\]|\(\?(?:i?:|[!=])|\{\d+(?:,\d*)?\}|[^][\\(){}^$]|\)', pattern)
-    if ''.join(parts) != pattern: return None
-    out, inside = [], False
-    for part in parts:
-        if part[0] == '[' and inside: return None
-        inside = part[0] == '[' or inside and part != ']'
-        if part[:2] == r'\p': part = ('{}' if inside else '[{}]').format('a-zA-Z' if 'L' in part else '0-9')
-        out.append(part)
-    return ''.join(out)
+# %% ../nbs/03_tokenization.ipynb #75168e8a
+_ALL_OF = '{0}|(?s:(?:(?!{0}).)+)'                                     # the pattern, or whatever it leaves out
 
 @functools.lru_cache(maxsize=64)
-def _compiled(pattern: str) -> tuple[Any, Any]:
-    "The pattern for any text and, if possible, for ASCII text; both with a last alternative for all that it leaves out."
-    all_of = '{0}|(?s:(?:(?!{0}).)+)'.format
-    try: found = regex.compile(all_of(pattern))
+def _compiled(pattern: str) -> regex.Pattern:
+    "The pattern, with a last alternative for all that it leaves out."
+    try: found = regex.compile(_ALL_OF.format(pattern))
     except regex.error as e: raise ValueError(f'the split pattern {pattern!r} is not a regular expression: {e}') from None
     if found.groups: raise ValueError(f'the split pattern {pattern!r} has a capturing group: write (?:...) instead of (...)')
     if regex.match(pattern, ''): raise ValueError(f'the split pattern {pattern!r} matches the empty string: use + instead of *')
-    plain = _ascii_pattern(pattern)
-    return found, plain and re.compile(all_of(plain), re.ASCII)
+    return found
 
-# %% ../nbs/03_tokenization.ipynb #49449b58
+# %% ../nbs/03_tokenization.ipynb #44650b9e
+_for_ascii: dict[str, re.Pattern] = {}                                 # faster patterns, filled in under "What does it cost?"
+
 def _pieces(text: str, pattern: str) -> Iterable[str]:
-    found, plain = _compiled(pattern)
-    if plain and text.isascii(): found = plain
+    found = text.isascii() and _for_ascii.get(pattern) or _compiled(pattern)
     # a list is faster, but of a very long text it would take too much memory
     return found.findall(text) if len(text) < 1 << 23 else (m[0] for m in found.finditer(text))
 
+# %% ../nbs/03_tokenization.ipynb #454a3cfe
 def split_text(
     text: str,                   # any text
     pattern: str = GPT2_PATTERN  # a regular expression for the `regex` module, without capturing groups
@@ -217,7 +212,7 @@ def split_text(
     "Cut a text into the pieces that no token crosses. Raises `ValueError` for a pattern that cannot be used."
     return list(_pieces(text, pattern))
 
-# %% ../nbs/03_tokenization.ipynb #e1d819d1
+# %% ../nbs/03_tokenization.ipynb #e7702ed6
 def count_pieces(
     texts: Iterable[str],              # any number of texts, read once, one at a time
     pattern: str = GPT2_PATTERN,       # how to cut them
@@ -231,7 +226,7 @@ def count_pieces(
     if not counts: raise ValueError('the corpus is empty: training needs at least one character')
     return counts
 
-# %% ../nbs/03_tokenization.ipynb #cbc96d55
+# %% ../nbs/03_tokenization.ipynb #6b19a46b
 class _Symbols:
     "All pieces as one linked list of symbols, with the count of each pair and the places where it may be found."
     def __init__(self, counts: dict[str, int]):
@@ -240,43 +235,56 @@ class _Symbols:
             data = piece.encode()
             self.ids += [*data, -1]
             self.weight += [n] * (len(data) + 1)
-        self.prev, self.next = list(range(-1, len(self.ids) - 1)), list(range(1, len(self.ids) + 1))
+        n = len(self.ids)
+        self.left_of, self.right_of = list(range(-1, n - 1)), list(range(1, n + 1))
         self.count, self.where = defaultdict(int), defaultdict(list)
         for i, pair in enumerate(zip(self.ids, self.ids[1:])):
-            if pair[0] >= 0 and pair[1] >= 0: self.count[pair] += self.weight[i]; self.where[pair].append(i)
+            if min(pair) < 0: continue                      # a pair with a wall in it
+            self.count[pair] += self.weight[i]
+            self.where[pair].append(i)
         self.heap = [(-n, pair) for pair, n in self.count.items()]
         heapq.heapify(self.heap)
 
-    def pop_best(self) -> tuple[int, int]|None:
-        "The pair that occurs most often (on a tie the one with the smallest ids), or None when no pair is left."
-        while self.heap:
-            n, pair = self.heap[0]
-            now = self.count.get(pair, 0)
-            if now == -n: return heapq.heappop(self.heap)[1]
-            heapq.heapreplace(self.heap, (-now, pair)) if now else heapq.heappop(self.heap)
-        return None
+# %% ../nbs/03_tokenization.ipynb #0c38224d
+@patch
+def pop_best(self: _Symbols) -> tuple[int, int]|None:
+    "The pair that occurs most often (on a tie the one with the smallest ids), or None when no pair is left."
+    while self.heap:
+        n, pair = heapq.heappop(self.heap)
+        now = self.count.get(pair, 0)
+        if now == -n: return pair
+        if now: heapq.heappush(self.heap, (-now, pair))
+    return None
 
-# %% ../nbs/03_tokenization.ipynb #73dada7d
+# %% ../nbs/03_tokenization.ipynb #630ac030
 @patch
 def _join(self: _Symbols, pair: tuple[int, int], new: int) -> None:
     "Replace `pair` by `new` everywhere, from left to right, and bring counts, places and heap up to date."
-    (left, right), ids, prev, next, count = pair, self.ids, self.prev, self.next, self.count
+    left, right = pair
+    ids, count, left_of, right_of = self.ids, self.count, self.left_of, self.right_of
     born = defaultdict(list)                                # places of the pairs that contain the new symbol
     for i in self.where.pop(pair):
-        j = next[i]
+        j = right_of[i]
         if ids[i] != left or ids[j] != right: continue      # another merge was here before
-        h, k, n = prev[i], next[j], self.weight[i]
-        ids[i], ids[j], next[i], prev[k] = new, -2, k, i    # i takes over from j, which is left behind
+        h, k, n = left_of[i], right_of[j], self.weight[i]
+        ids[i] = new                                        # i takes over from j,
+        ids[j] = -2                                         # which is left behind:
+        right_of[i] = k                                     # its neighbours
+        left_of[k] = i                                      # now know each other
         if (a := ids[h]) >= 0:
-            count[a, left] -= n; count[a, new] += n; born[a, new].append(h)
+            count[a, left] -= n
+            count[a, new] += n
+            born[a, new].append(h)
         if (b := ids[k]) >= 0:
-            count[right, b] -= n; count[new, b] += n; born[new, b].append(i)
+            count[right, b] -= n
+            count[new, b] += n
+            born[new, b].append(i)
     del count[pair]
     self.where.update(born)
     for pair in born:
         if count[pair]: heapq.heappush(self.heap, (-count[pair], pair))
 
-# %% ../nbs/03_tokenization.ipynb #5e226f02
+# %% ../nbs/03_tokenization.ipynb #fe3dbf4a
 def learn_merges(
     counts: dict[str, int],  # how often each piece occurs
     n_merges: int,           # how many to learn
@@ -290,15 +298,11 @@ def learn_merges(
             merges.append(pair); bar.update()
     return merges
 
-# %% ../nbs/03_tokenization.ipynb #93454ee1
+# %% ../nbs/03_tokenization.ipynb #e0d0ce69
 _NONE = 1 << 62                                             # larger than any id
 
-def apply_merges(
-    ids: Sequence[int],                    # the symbols of one piece
-    pairs: dict[tuple[int, int], int]      # the id that each pair becomes; the lowest goes first
-) -> list[int]:
-    "Join pairs, the one with the lowest new id first and of these the leftmost, until no pair is left."
-    if len(ids) > 256: return _apply_merges_long(ids, pairs)
+def _apply_merges_short(ids: Sequence[int], pairs: dict[tuple[int, int], int]) -> list[int]:
+    "`apply_merges` for a short piece, in about n² steps."
     ids, get = list(ids), pairs.get
     new = [get(pair, _NONE) for pair in zip(ids, ids[1:])]  # what each pair would become
     while new and (best := min(new)) != _NONE:
@@ -309,24 +313,35 @@ def apply_merges(
         if i < len(new): new[i] = get((best, ids[i + 1]), _NONE)
     return ids
 
-# %% ../nbs/03_tokenization.ipynb #cf6d5bc5
+# %% ../nbs/03_tokenization.ipynb #62abdb50
 def _apply_merges_long(ids: Sequence[int], pairs: dict[tuple[int, int], int]) -> list[int]:
-    "The same as `apply_merges`, in n log n steps."
+    "`apply_merges` for a long piece, in about n log n steps."
     n, ids = len(ids), [*ids, -1]                           # the last -1 is a wall; ids[-1] is the same wall on the left
-    prev, next = list(range(-1, n)), [*range(1, n + 1), n]
+    left_of, right_of = list(range(-1, n)), [*range(1, n + 1), n]
     heap = [(pairs[pair], i) for i, pair in enumerate(zip(ids, ids[1:])) if pair in pairs]
     heapq.heapify(heap)
     while heap:
         new, i = heapq.heappop(heap)
-        j = next[i]
+        j = right_of[i]
         if pairs.get((ids[i], ids[j])) != new: continue     # out of date
-        ids[i], ids[j], next[i] = new, -1, next[j]
-        prev[next[j]] = i
-        for a in (prev[i], i):
-            if (new := pairs.get((ids[a], ids[next[a]]))) is not None: heapq.heappush(heap, (new, a))
+        k = right_of[j]
+        ids[i] = new                                        # i takes over from j,
+        ids[j] = -1                                         # which is left behind
+        right_of[i] = k
+        left_of[k] = i
+        for a in (left_of[i], i):                           # two new pairs
+            if (new := pairs.get((ids[a], ids[right_of[a]]))) is not None: heapq.heappush(heap, (new, a))
     return [i for i in ids if i >= 0]
 
-# %% ../nbs/03_tokenization.ipynb #20c2e8ae
+# %% ../nbs/03_tokenization.ipynb #c7d57de3
+def apply_merges(
+    ids: Sequence[int],                    # the symbols of one piece
+    pairs: dict[tuple[int, int], int]      # the id that each pair becomes; the lowest goes first
+) -> list[int]:
+    "Join pairs, the one with the lowest new id first and of these the leftmost, until no pair is left."
+    return (_apply_merges_short if len(ids) <= 256 else _apply_merges_long)(ids, pairs)
+
+# %% ../nbs/03_tokenization.ipynb #0b454c0a
 class _PieceCache(dict):
     "Ids of pieces. A missing one is computed, and kept if it is short."
     limit = 1 << 18                                         # pieces; about 60 MB
@@ -338,7 +353,7 @@ class _PieceCache(dict):
             self[piece] = ids
         return ids
 
-# %% ../nbs/03_tokenization.ipynb #ec29c930
+# %% ../nbs/03_tokenization.ipynb #763eff98
 class BPETokenizer(Tokenizer):
     "Byte-level byte-pair encoding (Sennrich et al., 2016; Radford et al., 2019). No text is unknown to it."
     def __init__(self,
@@ -355,20 +370,24 @@ class BPETokenizer(Tokenizer):
         special = {name: len(tokens) + i for i, name in enumerate(_special_list(special_tokens))}
         self._build(dict(enumerate(tokens)), pairs, pattern, special)
 
-    def _build(self, tokens, pairs, pattern, special_tokens, whole=True) -> 'BPETokenizer':
-        self._id = {data: i for i, data in tokens.items()}
-        if len(self._id) < len(tokens): raise ValueError('two tokens stand for the same bytes')
-        if missing := [b for b in range(256) if bytes([b]) not in self._id]: raise ValueError(f'no token stands for the byte 0x{missing[0]:02x}')
-        if same := [name for name in special_tokens if name.encode() in self._id]:
-            raise ValueError(f'{same[0]!r} is an ordinary token too: give the special token a name that text does not have, such as <|{same[0]}|>')
-        super().__init__(tokens, special_tokens)
-        self.pattern, self._pairs, self._split = pattern, pairs, functools.partial(_pieces, pattern=pattern)
-        self._byte, self._whole = [self._id[bytes([b])] for b in range(256)], self._id if whole else {}
-        self._cache = _PieceCache(self._merge)
-        _compiled(pattern)                                  # a bad pattern is refused now, not at the first text
-        return self
+# %% ../nbs/03_tokenization.ipynb #64b245b0
+@patch
+def _build(self: BPETokenizer, tokens, pairs, pattern, special_tokens, whole=True) -> BPETokenizer:
+    self._id = {data: i for i, data in tokens.items()}
+    if len(self._id) < len(tokens): raise ValueError('two tokens stand for the same bytes')
+    if missing := [b for b in range(256) if bytes([b]) not in self._id]: raise ValueError(f'no token stands for the byte 0x{missing[0]:02x}')
+    if same := [name for name in special_tokens if name.encode() in self._id]:
+        raise ValueError(f'{same[0]!r} is an ordinary token too: give the special token a name that text does not have, such as <|{same[0]}|>')
+    Tokenizer.__init__(self, tokens, special_tokens)
+    self.pattern, self._pairs = pattern, pairs
+    self._split = functools.partial(_pieces, pattern=pattern)
+    self._byte = [self._id[bytes([b])] for b in range(256)]
+    self._whole = self._id if whole else {}
+    self._cache = _PieceCache(self._merge)
+    _compiled(pattern)                                  # a bad pattern is refused now, not at the first text
+    return self
 
-# %% ../nbs/03_tokenization.ipynb #86a408cd
+# %% ../nbs/03_tokenization.ipynb #2e9be79e
 @patch
 def _merge(self: BPETokenizer, piece: str) -> tuple[int, ...]:
     data = piece.encode()
@@ -379,6 +398,7 @@ def _merge(self: BPETokenizer, piece: str) -> tuple[int, ...]:
 def _ordinary(self: BPETokenizer, text: str) -> list[int]:
     return list(chain.from_iterable(map(self._cache.__getitem__, self._split(text))))
 
+# %% ../nbs/03_tokenization.ipynb #7cadfdfb
 @patch(cls_method=True)
 def train(
     cls: BPETokenizer,
@@ -398,14 +418,14 @@ def train(
                          f'which makes {reached} tokens. Use vocab_size={reached} or less, or more text')
     return cls(merges, pattern, special)
 
-# %% ../nbs/03_tokenization.ipynb #f0cd6dd1
+# %% ../nbs/03_tokenization.ipynb #3ee5fae2
 def byte_alphabet() -> dict[int, str]:
     "The printable character that stands for each byte in a `tokenizer.json` (Radford et al., 2019)."
     keep = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in keep]
     return {b: chr(b) for b in keep} | {b: chr(256 + n) for n, b in enumerate(rest)}
 
-# %% ../nbs/03_tokenization.ipynb #90e45af7
+# %% ../nbs/03_tokenization.ipynb #1fd2e4e6
 @patch(as_prop=True)
 def fingerprint(self: Tokenizer) -> str:
     "16 hexadecimal digits that two tokenizers share only if they give the same ids."
@@ -413,6 +433,7 @@ def fingerprint(self: Tokenizer) -> str:
         self._fingerprint = hashlib.sha256(json.dumps(self._identity()).encode()).hexdigest()[:16]
     return self._fingerprint
 
+# %% ../nbs/03_tokenization.ipynb #d6574994
 @patch
 def _identity(self: CharTokenizer) -> list: return ['char', self.chars, sorted(self.special_tokens.items())]
 
@@ -421,13 +442,14 @@ def _identity(self: BPETokenizer) -> list:
     tokens = sorted((i, data.hex()) for data, i in self._id.items())
     return ['bpe', self.pattern, bool(self._whole), tokens, sorted((*pair, i) for pair, i in self._pairs.items()), sorted(self.special_tokens.items())]
 
-# %% ../nbs/03_tokenization.ipynb #b6bd6fed
+# %% ../nbs/03_tokenization.ipynb #8f931d32
 def _split_step(pattern: str) -> dict:
     "Steps before the merges: cut with the pattern, write bytes in the printable alphabet."
     return {'type': 'Sequence', 'pretokenizers': [
         {'type': 'Split', 'pattern': {'Regex': pattern}, 'behavior': 'Isolated', 'invert': False},
         {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': False}]}
 
+# %% ../nbs/03_tokenization.ipynb #9ae3d24a
 @patch
 def _to_dict(self: BPETokenizer) -> dict:
     letters = byte_alphabet()
@@ -444,11 +466,12 @@ def _to_dict(self: BPETokenizer) -> dict:
                       'fuse_unk': False, 'byte_fallback': False, 'ignore_merges': bool(self._whole),
                       'vocab': vocab, 'merges': merges, 'fingerprint': self.fingerprint}}
 
-# %% ../nbs/03_tokenization.ipynb #e1370567
+# %% ../nbs/03_tokenization.ipynb #25d5c8c8
 @patch
 def _to_dict(self: CharTokenizer) -> dict:
     return {'format': 'llm_course.char', 'version': 1, 'chars': self.chars, 'special_tokens': list(self.special_tokens), 'fingerprint': self.fingerprint}
 
+# %% ../nbs/03_tokenization.ipynb #3fea5d1c
 @patch
 def save(
     self: Tokenizer,
@@ -458,7 +481,7 @@ def save(
     data = json.dumps(self._to_dict(), ensure_ascii=False, indent=1)
     with atomic_write(path, 'w') as f: f.write(data)
 
-# %% ../nbs/03_tokenization.ipynb #34c27e11
+# %% ../nbs/03_tokenization.ipynb #8f32b24c
 def _check_supported(data: dict) -> None:
     "Raise `ValueError` for what a `tokenizer.json` may ask for and `BPETokenizer` does not do."
     model = data['model']
@@ -472,6 +495,7 @@ def _check_supported(data: dict) -> None:
         if any(token.get(key) for key in ('lstrip', 'rstrip', 'single_word')) or not token['special']:
             raise ValueError(f"its added token {token['content']!r} is not a plain special token, which is not supported")
 
+# %% ../nbs/03_tokenization.ipynb #6d101321
 def _pattern_of(step: dict) -> str:
     "The split pattern of a `pre_tokenizer`."
     if step['type'] == 'ByteLevel' and step.get('use_regex', True) and not step['add_prefix_space']: return GPT2_PATTERN
@@ -479,7 +503,7 @@ def _pattern_of(step: dict) -> str:
     if step != _split_step(pattern): raise ValueError('its pre_tokenizer is not a single split into bytes')
     return pattern
 
-# %% ../nbs/03_tokenization.ipynb #fc758986
+# %% ../nbs/03_tokenization.ipynb #2301736a
 def _bpe_from_dict(data: dict) -> BPETokenizer:
     _check_supported(data)
     model, byte = data['model'], {c: b for b, c in byte_alphabet().items()}
@@ -494,6 +518,7 @@ def _bpe_from_dict(data: dict) -> BPETokenizer:
     if len(tokens) < len(vocab): raise ValueError('two of its tokens share an id')
     return BPETokenizer.__new__(BPETokenizer)._build(tokens, pairs, _pattern_of(data['pre_tokenizer']), special, model.get('ignore_merges', False))
 
+# %% ../nbs/03_tokenization.ipynb #b817be03
 def _from_dict(data: Any) -> Tokenizer:
     if not isinstance(data, dict): raise ValueError('it does not hold a JSON object')
     if data.get('format') == 'llm_course.char': tokenizer, stored = CharTokenizer(data['chars'], data['special_tokens']), data
@@ -502,7 +527,7 @@ def _from_dict(data: Any) -> Tokenizer:
     if stored.get('fingerprint', tokenizer.fingerprint) != tokenizer.fingerprint: raise ValueError('it was changed after it was saved')
     return tokenizer
 
-# %% ../nbs/03_tokenization.ipynb #c2ee1563
+# %% ../nbs/03_tokenization.ipynb #3cc014f3
 def load_tokenizer(
     path: str|Path # a file that `save` wrote, or a byte-level BPE `tokenizer.json`
 ) -> Tokenizer:
@@ -512,6 +537,7 @@ def load_tokenizer(
         why = f'{e.args[0]!r} is missing' if isinstance(e, KeyError) else str(e)
         raise ValueError(f'{path} is not a tokenizer that can be read here: {why}') from e
 
+# %% ../nbs/03_tokenization.ipynb #63c88874
 @patch(cls_method=True)
 def load(
     cls: Tokenizer,
@@ -522,7 +548,7 @@ def load(
     if not isinstance(tokenizer, cls): raise ValueError(f'{path} holds a {type(tokenizer).__name__}, not a {cls.__name__}')
     return tokenizer
 
-# %% ../nbs/03_tokenization.ipynb #261c5d0f
+# %% ../nbs/03_tokenization.ipynb #746552ff
 @patch(cls_method=True)
 def from_ranks(
     cls: BPETokenizer,
@@ -538,6 +564,7 @@ def from_ranks(
             if (left := get(data[:cut])) is not None and (right := get(data[cut:])) is not None: pairs[left, right] = rank
     return cls.__new__(cls)._build({i: data for data, i in ranks.items()}, pairs, pattern, special_tokens or {})
 
+# %% ../nbs/03_tokenization.ipynb #0bce8b6b
 def load_tiktoken_ranks(
     path: str|Path # a .tiktoken file: in each line a token in base 64, a space, its rank
 ) -> dict[bytes, int]:
@@ -549,7 +576,17 @@ def load_tiktoken_ranks(
     if not ranks: raise ValueError(f'{path} holds no tokens')
     return ranks
 
-# %% ../nbs/03_tokenization.ipynb #0732f44b
+# %% ../nbs/03_tokenization.ipynb #9e4bea41
+def _ascii_pattern(pattern: str) -> str:
+    "One of the patterns above as `re` reads it, for ASCII text only."
+    for name, letters in ((r'\p{L}', 'a-zA-Z'), (r'\p{N}', '0-9')):
+        # before + or { it stands alone and needs brackets of its own, elsewhere it is in a set
+        pattern = re.sub(re.escape(name) + '(?=[+{])', f'[{letters}]', pattern).replace(name, letters)
+    return pattern
+
+_for_ascii.update({p: re.compile(_ALL_OF.format(_ascii_pattern(p)), re.ASCII) for p in (GPT2_PATTERN, CL100K_PATTERN)})
+
+# %% ../nbs/03_tokenization.ipynb #6b01b25d
 @patch
 def decode_stream(
     self: Tokenizer,
