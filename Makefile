@@ -14,9 +14,9 @@ help: ## this list
 	@echo; echo "  Options: DATA=tiny|shakespeare|path/to/file.txt   ARGS='--train.max_steps 200'   NB=nbs/05_attention.ipynb"
 
 .venv/bin/python:
-	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}; try make PYTHON=python3.12"'
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 run")'
 	@echo "Creating .venv ..."
-	@$(PYTHON) -m venv .venv
+	@$(PYTHON) -m venv .venv || { rm -rf .venv; echo "Python's module venv is needed; on Debian: apt install python3-venv"; exit 1; }
 
 # One stamp for each set of packages; it is remade when a requirement or a pinned version changes.
 .venv/run.stamp: settings.ini setup.py constraints.txt | .venv/bin/python
@@ -28,7 +28,7 @@ help: ## this list
 	@$(INSTALL) -e '.[dev]' && touch $@ .venv/run.stamp
 
 run: .venv/run.stamp ## fetch a text, train a tokenizer, pretrain a GPT, write (DATA=tiny works offline)
-	@$(BIN)/llm-course run --data $(DATA) $(ARGS)
+	@$(BIN)/llm-course run --data "$(DATA)" $(ARGS)
 
 test: .venv/dev.stamp ## everything that CI checks
 	@bash tools/test.sh
