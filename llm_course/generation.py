@@ -7,7 +7,8 @@ __all__ = ['top_k_filter', 'top_p_filter', 'SamplingConfig', 'next_token_probs',
            'stream_text', 'generate_text']
 
 # %% ../nbs/08_generation.ipynb #d4cdd319
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -38,7 +39,7 @@ def top_p_filter(
     ranked, order = logits.sort(-1, descending=True)                          # (..., V)
     probs = ranked.softmax(-1)
     before = probs.cumsum(-1) - probs                                         # probability of the better ones
-    return torch.empty_like(logits).scatter_(-1, order, ranked.masked_fill(before >= p, -torch.inf))
+    return torch.empty_like(logits).scatter_(-1, order, ranked.masked_fill((before >= p) & (before > 0), -torch.inf))
 
 # %% ../nbs/08_generation.ipynb #7a247949
 @dataclass(frozen=True)
@@ -59,9 +60,11 @@ def next_token_probs(
 ) -> Tensor: # probabilities (..., V), float32, each row sums to 1
     "The probabilities from which the next token is drawn. Raises `ValueError` for scores that are not numbers."
     logits = logits.float()
-    if torch.isnan(logits).any(): raise ValueError('the model gave nan as a score: its weights are broken, or training has diverged')
+    best = logits.amax(-1, keepdim=True)
+    if not torch.isfinite(best).all():
+        raise ValueError(f'the highest score is {best[~torch.isfinite(best)][0].item()}: the weights of the model are broken, or every token is forbidden')
     if config.temperature == 0: return torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.)
-    logits = logits / config.temperature
+    logits = (logits - best) / max(config.temperature, 1e-30)                 # minus the best: never inf - inf
     if config.top_k is not None: logits = top_k_filter(logits, config.top_k)
     if config.top_p is not None: logits = top_p_filter(logits, config.top_p)
     return logits.softmax(-1)
@@ -80,10 +83,16 @@ def sample_token(
 def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
     "Scores (V,) for the token after `ids`, with dropout off."
     new = ids[cache.length:] if cache is not None else ids
-    was_training = model.training
+    modes = [(m, m.training) for m in model.modules()]
     model.eval()
     try: return model.head(model.hidden(torch.tensor([new], device=model.embed.weight.device), cache=cache)[:, -1])[0]
-    finally: model.train(was_training)
+    finally:
+        for m, mode in modes: m.training = mode
+
+def _as_ids(what: str, ids: Iterable[int]) -> list[int]:
+    if isinstance(ids, (str, bytes)): raise TypeError(f'{what} is {ids!r}, not a sequence of ids: use tokenizer.encode')
+    try: return [operator.index(i) for i in (ids.tolist() if hasattr(ids, 'tolist') else ids)]
+    except TypeError as e: raise TypeError(f'{what} is not a flat sequence of integer ids ({e}): of a batch pass one row, ids[0]') from None
 
 def _check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int, slide: bool) -> None:
     limit = model.config.max_seq_len
@@ -102,17 +111,28 @@ def generate_stream(
     stop_tokens: Sequence[int] = (),       # ids after which the text ends; the stop token itself is handed out
     generator: torch.Generator|None = None,# makes the text reproducible
     slide: bool = True,                    # past max_seq_len, see the last max_seq_len tokens; False: an error before the start
-    cache: KVCache|None = None             # keys and values of the past (chapter 20); cannot slide
+    cache: KVCache|None = None,            # keys and values of the past (chapter 20); cannot slide
+    allowed_ids: Sequence[int]|None = None # draw from these only, for a model with more ids than its tokenizer; None: all
 ) -> Iterator[int]: # one id at a time
     "Continue `prompt`, handing out each token as it is drawn. Bad arguments raise `ValueError` at once, not at the first token."
+    prompt, stop, V = _as_ids('prompt', prompt), frozenset(_as_ids('stop_tokens', stop_tokens)), model.config.vocab_size
+    max_new_tokens, = _as_ids('max_new_tokens', [max_new_tokens])
     _check_prompt(model, prompt, max_new_tokens, slide and cache is None)
+    for what, some in (('prompt', prompt), ('stop_tokens', stop)):
+        if bad := [i for i in some if not 0 <= i < V]: raise ValueError(f'{what}: id {bad[0]} is not in the vocabulary [0, {V})')
+    if cache is not None and cache.length >= len(prompt):
+        raise ValueError(f'the cache holds {cache.length} positions and the prompt has {len(prompt)} tokens: the prompt begins with what the cache holds; take a new cache')
+    closed = None
+    if allowed_ids is not None and len(allowed_ids) < V: closed = torch.ones(V, dtype=torch.bool).index_fill_(0, torch.as_tensor(allowed_ids), False)
     def run() -> Iterator[int]:
-        ids = [int(i) for i in prompt]
+        ids = list(prompt)
         for _ in range(max_new_tokens):
             seen = ids if cache is not None else ids[-model.config.max_seq_len:]
-            ids.append(sample_token(_last_logits(model, seen, cache), config, generator))
+            logits = _last_logits(model, seen, cache)
+            if closed is not None: logits = logits.masked_fill(closed.to(logits.device), -torch.inf)
+            ids.append(sample_token(logits, config, generator))
             yield ids[-1]
-            if ids[-1] in stop_tokens: return
+            if ids[-1] in stop: return
     return run()
 
 def generate(
@@ -130,12 +150,13 @@ def stream_text(
     tokenizer: Tokenizer,         # the one it was trained with
     prompt: str,                  # must encode to at least one token
     max_new_tokens: int = 200,    # stop after so many
+    allowed_special: str|Iterable[str] = 'none', # special tokens that the prompt may hold, as for `encode`; 'all' only for text of your own
     **options                     # as for `generate_stream`
 ) -> Iterator[str]: # pieces of text; joined they are the continuation, without the prompt
     "Continue a text, piece by piece; a character is handed out when all its bytes are there."
     if tokenizer.vocab_size > model.config.vocab_size:
         raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: they do not belong together')
-    ids = generate_stream(model, tokenizer.encode(prompt, allowed_special='all'), max_new_tokens, **options)
+    ids = generate_stream(model, tokenizer.encode(prompt, allowed_special=allowed_special), max_new_tokens, allowed_ids=tokenizer.ids, **options)
     return tokenizer.decode_stream(ids)
 
 def generate_text(

@@ -76,9 +76,13 @@ def _one_of(name: str, value: str, known: list[str]) -> None:
 
 @patch
 def _fill_and_validate(self: GPTConfig) -> None:
-    for name in ('vocab_size', 'max_seq_len', 'n_layer', 'n_head', 'd_model'):
-        value = getattr(self, name)
-        _check(isinstance(value, int) and value > 0, f'{name}={value!r}: must be a positive integer')
+    for f in dataclasses.fields(self):
+        name, value, kind = f.name, getattr(self, f.name), str(f.type).removeprefix("<class '").removesuffix("'>")
+        if value is None and 'None' in kind: continue
+        if kind.startswith('int'): _check(type(value) is int and value > 0, f'{name}={value!r}: must be a positive integer')
+        elif kind == 'bool': _check(type(value) is bool, f'{name}={value!r}: must be True or False')
+        elif kind.startswith('float'): _check(type(value) in (int, float) and math.isfinite(value), f'{name}={value!r}: must be a finite number')
+    _check(self.rope_theta > 0, f'rope_theta={self.rope_theta}: must be positive')
     def default(name: str, value: int) -> None:
         if getattr(self, name) is None: object.__setattr__(self, name, value)
     _check(self.head_dim is not None or self.d_model % self.n_head == 0,
@@ -201,7 +205,8 @@ def forward(self: GPT, ids: Tensor, targets: Tensor|None = None, cache: KVCache|
     logits = self.head(self.hidden(ids, cache=cache))                         # (B, T, V)
     if targets is None: return logits, None
     _check(targets.shape == ids.shape, f'targets of shape {tuple(targets.shape)} do not fit ids of shape {tuple(ids.shape)}')
-    return logits, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100)
+    total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
+    return logits, total / (targets != -100).sum().clamp_min(1)
 
 # %% ../nbs/06_gpt.ipynb #f0c76575
 @patch

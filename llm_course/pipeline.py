@@ -67,7 +67,11 @@ def step(
 
 def _read_steps(folder: Path) -> dict:
     record = folder/'steps.json'
-    return json.loads(record.read_text(encoding='utf-8')) if record.exists() else {}
+    try: known = json.loads(record.read_text(encoding='utf-8')) if record.exists() else {}
+    except ValueError as e: known = e
+    if not isinstance(known, dict) or not all(isinstance(v, dict) for v in known.values()):
+        raise ValueError(f'{record} is damaged ({str(known)[:60]}): delete it if the run has no checkpoints, otherwise choose another --name, or --fresh true')
+    return known
 
 def _write_steps(folder: Path, steps: dict) -> None:
     with atomic_write(folder/'steps.json', 'w') as f: json.dump(steps, f, indent=1)
@@ -170,11 +174,24 @@ class Prepared:
     train: TokenFile
     val: TokenFile
 
+_MADE = {'steps.json', 'tokenizer.json', 'train.bin', 'val.bin', 'log.jsonl', '.lock', 'checkpoints', 'tensorboard', 'loss.png', 'report.json'}
+
 def _delete_run(folder: Path) -> None:
-    "Delete a run, and nothing that is not one."
+    "Delete what a run made, and nothing else."
     if not folder.exists(): return
-    if not (folder/'steps.json').is_file(): raise ValueError(f'{folder} is not a run (it has no steps.json), so --fresh will not delete it: choose another --name')
+    if strange := sorted(p.name for p in folder.iterdir() if p.name not in _MADE and not p.name.endswith('.tmp')):
+        raise ValueError(f'{folder} holds {strange[0]!r}, which no run makes, so --fresh will not delete it: move it, or choose another --name')
     shutil.rmtree(folder)
+
+def _check_early(config: RunConfig) -> None:
+    "Raise at once what would otherwise be raised after the old run is deleted, or after hours of training."
+    if 'vocab_size' in config.model: raise ValueError('model.vocab_size is set by the tokenizer: use --vocab_size')
+    mc, tc = config.model_config(config.vocab_size), config.train_config()
+    if tc.seq_len and tc.seq_len > mc.max_seq_len: raise ValueError(f'train.seq_len={tc.seq_len} exceeds model.max_seq_len={mc.max_seq_len}: lower it')
+    if not config.prompt: raise ValueError('prompt is empty: the samples need a beginning, such as --prompt "The "')
+    if config.sample_tokens < 1: raise ValueError(f'sample_tokens={config.sample_tokens}: use at least 1')
+    if not 0 < config.val_fraction < 1: raise ValueError(f'val_fraction {config.val_fraction} is not between 0 and 1: try 0.05')
+    generator(tc.seed)
 
 def prepare(
     config: RunConfig,
@@ -183,6 +200,7 @@ def prepare(
 ) -> Prepared:
     "Read the corpus, hold out documents, train the tokenizer on the rest, write token files; what is up to date is reused."
     folder, docs = config.folder, read_documents(config.data)
+    _check_early(config)
     if config.fresh: _delete_run(folder)
     folder.mkdir(parents=True, exist_ok=True)
     train, val = split_documents(docs, config.val_fraction)
@@ -320,7 +338,7 @@ def generate_command(
     if c.tokenizer is None: raise CheckpointError(f'{checkpoint} has no tokenizer.json: it cannot turn text into tokens')
     g = generator(int.from_bytes(os.urandom(7), 'big') if seed is None else seed)
     sys.stdout.write(prompt)
-    for piece in stream_text(c.model, c.tokenizer, prompt, max_new_tokens, config=SamplingConfig(temperature, top_k, top_p), generator=g):
+    for piece in stream_text(c.model, c.tokenizer, prompt, max_new_tokens, allowed_special='all', config=SamplingConfig(temperature, top_k, top_p), generator=g):
         sys.stdout.write(piece); sys.stdout.flush()
     sys.stdout.write('\n')
 
@@ -353,6 +371,8 @@ def main(
     argv: Sequence[str]|None = None # default: the arguments of the process
 ) -> int: # exit status: 0, 1 for an error, 130 after Ctrl-C
     "The command `llm-course`."
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')       # a terminal that is not UTF-8
     logging.basicConfig(level=logging.WARNING, format='%(message)s'); log.setLevel(logging.INFO)
     argv = list(sys.argv[1:] if argv is None else argv) or ['--help']
     try:

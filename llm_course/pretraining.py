@@ -8,7 +8,7 @@ __all__ = ['TrainConfig', 'make_optimizer', 'lr_at', 'accumulated_backward', 'Ev
            'load_checkpoint', 'DivergedError', 'Trainer', 'list_checkpoints', 'ctrl_c_waits', 'plot_run']
 
 # %% ../nbs/10_pretraining.ipynb #5c2b5234
-import dataclasses, json, math, os, shutil, signal, sys, threading, time
+import dataclasses, json, math, os, pickle, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from .core import atomic_write, file_sha256, generator
 from .dataloading import Batches, TokenFile
-from .gpt import GPT, GPTConfig
+from .gpt import GPT, GPTConfig, count_params
 from .tokenization import Tokenizer, load_tokenizer
 
 # %% ../nbs/10_pretraining.ipynb #33f2a432
@@ -53,6 +54,11 @@ class TrainConfig:
 
     def __post_init__(self):
         object.__setattr__(self, 'milestones', tuple(self.milestones))
+        for name in ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints', 'seed'):
+            value = getattr(self, name)
+            if type(value) is not int and not (value is None and name in ('seq_len', 'eval_batches')): raise ValueError(f'{name}={value!r}: must be an integer')
+        if not 0 <= self.weight_decay < math.inf: raise ValueError(f'weight_decay={self.weight_decay}: must be 0 or more, and finite')
+        if bad := [m for m in self.milestones if type(m) is not int]: raise ValueError(f'milestone {bad[0]!r} is not an integer')
         positive = ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'lr', 'grad_clip', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints')
         for name in positive:
             value = getattr(self, name)
@@ -123,14 +129,17 @@ def evaluate(
     device: str|torch.device = 'cpu'
 ) -> Evaluation:
     "Mean cross-entropy of a model on a text, per token and per byte (nats a token times tokens a byte). Any model that gives logits can be measured."
-    was_training = model.training
-    model.eval()
+    if max_batches is not None and max_batches < 1: raise ValueError(f'max_batches={max_batches}: use 1 or more, or None for all')
+    modes = [(m, m.training) for m in model.modules()]
     total, count = torch.zeros((), dtype=torch.float64), 0
-    for i, (xb, yb) in enumerate(Batches(tokens, batch_size, seq_len, shuffle=False, device=device).epoch()):
-        if i == max_batches: break
-        total += F.cross_entropy(model(xb)[0].flatten(0, 1).float(), yb.flatten(), reduction='sum').cpu().double()
-        count += yb.numel()
-    model.train(was_training)
+    try:
+        model.eval()
+        for i, (xb, yb) in enumerate(Batches(tokens, batch_size, seq_len, shuffle=False, device=device).epoch()):
+            if i == max_batches: break
+            total += F.cross_entropy(model(xb)[0].flatten(0, 1).float(), yb.flatten(), reduction='sum').cpu().double()
+            count += yb.numel()
+    finally:
+        for m, mode in modes: m.training = mode
     per_token = (total / count).item()
     n_bytes = getattr(tokens, 'n_bytes', None)
     return Evaluation(per_token, per_token * len(tokens) / n_bytes if n_bytes else None, count)
@@ -166,15 +175,29 @@ def read_log(
     records = []
     for n, line in enumerate(lines, 1):
         if not line: continue
-        try: records.append(json.loads(line))
+        try: record = json.loads(line)
         except json.JSONDecodeError as e:
-            if n < len(lines): raise ValueError(f'{path}, line {n} is not JSON: {e}') from None
+            if n < len(lines): raise ValueError(f'{path}, line {n} is not JSON ({e}): delete that line') from None
+            continue
+        if not isinstance(record, dict) or type(record.get('step')) is not int: raise ValueError(f'{path}, line {n} is {line[:40]!r}, not a record with a step: delete that line')
+        records.append(record)
     return records
+
+def _lock(file: Any, folder: Path) -> None:
+    try: import fcntl
+    except ImportError: return                                            # Windows has no such lock
+    try: fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.close()
+        raise FileExistsError(f'{folder} is being trained by another process: wait for it, or choose another folder') from None
 
 class RunLog:
     "Appends records to `folder/log.jsonl` and, if TensorBoard is installed, to `folder/tensorboard`."
     def __init__(self, folder: str|Path, keep_until: int = -1): # keep_until: records of later steps are removed first
         self.path = Path(folder)/'log.jsonl'
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.lock = open(self.path.with_name('.lock'), 'w')           # let go by close, or by the end of the process, however it ends
+        _lock(self.lock, Path(folder))
         kept = [r for r in (read_log(self.path) if self.path.exists() else []) if r['step'] <= keep_until]
         with atomic_write(self.path, 'w') as f: f.writelines(json.dumps(r) + '\n' for r in kept)
         self.file = open(self.path, 'a', encoding='utf-8', newline='\n')
@@ -195,7 +218,7 @@ class RunLog:
 
     def close(self) -> None:
         "Close both files."
-        self.file.close()
+        self.file.close(); self.lock.close()
         if self.board: self.board.close()
 
 # %% ../nbs/10_pretraining.ipynb #b55eee36
@@ -217,17 +240,27 @@ def save_checkpoint(
     "Write a checkpoint folder that appears complete or not at all. Raises `FileExistsError` rather than overwrite."
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f'{folder} exists already: choose another name, or delete it first')
-    tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.tmp')           # no other process uses this name
-    shutil.rmtree(tmp, ignore_errors=True); tmp.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    tmp = folder.with_name(f'.{folder.name}.{os.getpid()}.{threading.get_ident()}.{time.monotonic_ns()}.tmp')   # nobody else has this name
+    tmp.mkdir()
     try:
         weights = {n: p.detach().contiguous() for n, p in model.state_dict().items() if not (model.config.tie_embeddings and n == 'head.weight')}
         save_file(weights, tmp/'model.safetensors', metadata={'format': 'pt'})
         _write_json(tmp/'config.json', {'format': 'llm_course.gpt', 'version': 1, 'model': model.config.to_dict()})
         if tokenizer is not None: tokenizer.save(tmp/'tokenizer.json')
-        if state is not None: torch.save(state, tmp/'training_state.pt')
+        if state is not None:
+            torch.save(state, tmp/'training_state.pt')
+            try: torch.load(tmp/'training_state.pt', map_location='meta', weights_only=True)
+            except pickle.UnpicklingError as e:
+                raise TypeError('state could not be read again: it may hold tensors, numbers, strings, lists and dictionaries only; '
+                                'turn NumPy numbers into float or int') from e
         _write_json(tmp/'manifest.json', {p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(tmp.iterdir())})
         for p in (*tmp.iterdir(), tmp): _sync(p)
-        os.rename(tmp, folder); _sync(folder.parent)
+        try: os.rename(tmp, folder)
+        except OSError as e:
+            if folder.exists(): raise FileExistsError(f'{folder} was written by somebody else meanwhile: train one run in one folder') from e
+            raise
+        _sync(folder.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
@@ -237,7 +270,7 @@ class CheckpointError(ValueError):
 
 def _read_json(path: Path) -> dict:
     try: data = json.loads(path.read_text(encoding='utf-8'))
-    except (OSError, ValueError) as e: raise CheckpointError(f'{path} cannot be read ({e}): it is damaged') from None
+    except (OSError, ValueError, RecursionError) as e: raise CheckpointError(f'{path} cannot be read ({e}): it is damaged') from None
     need = {'manifest.json': ('config.json', 'model.safetensors'), 'config.json': ('format', 'model')}[path.name]
     for key in need:
         if not isinstance(data, dict) or key not in data: raise CheckpointError(f'{path} has no entry {key!r}: it is damaged, or not ours')
@@ -251,8 +284,13 @@ def verify_checkpoint(
     if not (folder/'manifest.json').is_file():
         raise CheckpointError(f'{folder} is not a checkpoint: it has no manifest.json; name a folder such as runs/shakespeare/checkpoints/step-000500')
     fix = f'delete {folder}, and a run goes on from the checkpoint before'
-    for name, want in _read_json(folder/'manifest.json').items():
+    manifest = _read_json(folder/'manifest.json')
+    for name in ('tokenizer.json', 'training_state.pt'):
+        if (folder/name).exists() and name not in manifest: raise CheckpointError(f'{folder/name} is not in manifest.json: it was added afterwards; {fix}')
+    for name, want in manifest.items():
         path = folder/name
+        if not isinstance(want, dict) or type(want.get('bytes')) is not int or not isinstance(want.get('sha256'), str):
+            raise CheckpointError(f'{folder}/manifest.json is damaged at {name!r}: {fix}')
         if path.parent != folder or not path.is_file(): raise CheckpointError(f'{path} is missing: {fix}')
         if path.stat().st_size != want['bytes']:
             raise CheckpointError(f'{path} has {path.stat().st_size} bytes instead of {want["bytes"]}: it was cut off; {fix}')
@@ -284,11 +322,20 @@ def load_checkpoint(
     verify_checkpoint(folder)
     config = _read_json(folder/'config.json')
     if config['format'] != 'llm_course.gpt': raise CheckpointError(f'{folder}/config.json has format {config["format"]!r}: expected llm_course.gpt')
-    try: model = GPT(GPTConfig.from_dict(config['model']))
-    except (TypeError, ValueError) as e: raise CheckpointError(f'{folder}/config.json does not describe a model: {e}') from None
-    _load_weights(model, load_file(folder/'model.safetensors'), folder)
-    tokenizer = load_tokenizer(folder/'tokenizer.json') if (folder/'tokenizer.json').exists() else None
-    state = torch.load(folder/'training_state.pt', map_location='cpu', weights_only=True) if with_state and (folder/'training_state.pt').exists() else None
+    if config.get('version') != 1: raise CheckpointError(f'{folder}/config.json has version {config.get("version")!r}, this is a reader of version 1: update llm_course')
+    try:
+        c, weights = GPTConfig.from_dict(config['model']), load_file(folder/'model.safetensors')
+        if (want := sum(count_params(c).values())) != (got := sum(w.numel() for w in weights.values())):    # before any memory is taken
+            raise ValueError(f'config.json means {want:,} parameters, model.safetensors holds {got:,}: they do not belong together')
+        if len(kinds := {w.dtype for w in weights.values()}) != 1 or not min(kinds, key=str).is_floating_point:
+            raise ValueError(f'the weights have the types {", ".join(map(str, kinds))}, not one floating-point type')
+        _load_weights(model := GPT(c).to(*kinds), weights, folder)
+        tokenizer = load_tokenizer(folder/'tokenizer.json') if (folder/'tokenizer.json').exists() else None
+        state = torch.load(folder/'training_state.pt', map_location='cpu', weights_only=True) if with_state and (folder/'training_state.pt').exists() else None
+    except CheckpointError: raise
+    except (ValueError, TypeError, RuntimeError, EOFError, SafetensorError, pickle.UnpicklingError) as e:
+        why = 'not plain tensors and numbers' if isinstance(e, pickle.UnpicklingError) else e
+        raise CheckpointError(f'{folder} cannot be read ({type(e).__name__}: {why}): use another checkpoint') from e
     return Checkpoint(model.to(device), tokenizer, state)
 
 # %% ../nbs/10_pretraining.ipynb #70a7af58
@@ -302,20 +349,35 @@ class Trainer:
         self.model, self.config, self.folder, self.tokenizer, self.device = model.to(device), config, Path(folder), tokenizer, torch.device(device)
         self.val_tokens, self.seq_len = val_tokens, config.seq_len or model.config.max_seq_len
         if self.seq_len > model.config.max_seq_len: raise ValueError(f'seq_len={self.seq_len} exceeds the model\'s max_seq_len={model.config.max_seq_len}')
+        prints = {name: x.fingerprint for name, x in (('train_tokens', train_tokens), ('val_tokens', val_tokens), ('tokenizer', tokenizer)) if hasattr(x, 'fingerprint')}
+        if len(set(prints.values())) > 1: raise ValueError(f'the fingerprints differ ({prints}): encode both files with the tokenizer that you pass')
         for tokens in (train_tokens, val_tokens):
             if getattr(tokens, 'vocab_size', 0) > model.config.vocab_size:
                 raise ValueError(f'the tokens have a vocabulary of {tokens.vocab_size}, the model one of {model.config.vocab_size}: make them equal')
         self.batches = Batches(train_tokens, config.batch_size, self.seq_len, seed=config.seed, device=device)
+        self._val_data = Batches(val_tokens, 1, 1, shuffle=False)._data
         self.optimizer = make_optimizer(self.model, config)
         self.step, self.seconds, self.log = 0, 0., None
-        torch.manual_seed(config.seed)                               # for dropout, the only user of shared random numbers
+        self.rng = [torch.Generator(d).manual_seed(config.seed).get_state() for d in self._rng_devices()]  # for dropout
+
+    def _rng_devices(self) -> list: return ['cpu', *([self.device] if self.device.type != 'cpu' else [])]
+
+    @contextmanager
+    def _own_rng(self) -> Iterator[None]:
+        "In the block the shared generators are where this run left them; afterwards where the caller left them."
+        other, kind = self._rng_devices()[1:], self.device.type
+        with torch.random.fork_rng(devices=other, device_type=kind if other else 'cuda'):
+            torch.set_rng_state(self.rng[0])
+            for s in self.rng[1:]: getattr(torch, kind).set_rng_state(s, self.device)
+            yield
+            self.rng = [torch.get_rng_state(), *(getattr(torch, kind).get_rng_state(d) for d in other)]
 
     def train_step(self) -> dict[str, float]:
         "One update of the weights. Raises `DivergedError`, before the weights are touched, if loss or gradient is not a number."
         c, lr = self.config, lr_at(self.step, self.config)
         for group in self.optimizer.param_groups: group['lr'] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        loss = accumulated_backward(self.model, [next(self.batches) for _ in range(c.accumulate)], getattr(torch, c.precision))
+        with self._own_rng(): loss = accumulated_backward(self.model, [next(self.batches) for _ in range(c.accumulate)], getattr(torch, c.precision))
         norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
         loss, norm = loss.item(), norm.item()
         if not math.isfinite(loss + norm):
@@ -328,9 +390,8 @@ class Trainer:
 @patch
 def state_dict(self: Trainer) -> dict:
     "All that is needed to go on exactly, apart from the weights: plain numbers, strings and tensors."
-    on_device = {'cuda': lambda: torch.cuda.get_rng_state(self.device), 'mps': torch.mps.get_rng_state, 'cpu': torch.get_rng_state}
     return {'step': self.step, 'seconds': self.seconds, 'optimizer': self.optimizer.state_dict(), 'batches': self.batches.state_dict(),
-            'rng': torch.get_rng_state(), 'device_rng': on_device[self.device.type](), 'device': self.device.type,
+            'rng': self.rng[0], 'device_rng': self.rng[-1], 'device': self.device.type, 'val_data': self._val_data,
             'config': dataclasses.asdict(self.config) | {'milestones': list(self.config.milestones)}}
 
 @patch
@@ -339,10 +400,10 @@ def load_state_dict(self: Trainer, state: dict) -> None:
     ours = dataclasses.asdict(self.config) | {'milestones': list(self.config.milestones)}
     changed = [f'{k}: {state["config"].get(k)!r} then, {v!r} now' for k, v in ours.items() if state['config'].get(k) != v]
     if changed: raise ValueError(f'{self.folder} was trained with another configuration ({"; ".join(changed)}): use the same, or another folder')
-    self.optimizer.load_state_dict(state['optimizer']); self.batches.load_state_dict(state['batches'])
-    torch.set_rng_state(state['rng'])
-    if state['device'] == self.device.type == 'cuda': torch.cuda.set_rng_state(state['device_rng'], self.device)
-    if state['device'] == self.device.type == 'mps': torch.mps.set_rng_state(state['device_rng'])
+    if state['val_data'] != self._val_data: raise ValueError(f'{self.folder} was validated on other text: resume with the val_tokens you began with')
+    self.batches.load_state_dict(state['batches'])                            # checks before it changes anything
+    self.optimizer.load_state_dict(state['optimizer'])
+    self.rng = [state['rng'], *([state['device_rng']] if state['device'] == self.device.type != 'cpu' else self.rng[1:])]
     self.step, self.seconds = state['step'], state['seconds']
 
 def list_checkpoints(
@@ -371,8 +432,10 @@ def resume(self: Trainer) -> bool:
     if not (found := list_checkpoints(self.folder)): return False
     ckpt = load_checkpoint(found[-1], with_state=True)
     if ckpt.model.config != self.model.config: raise ValueError(f'{found[-1]} holds another model: use the same configuration, or another folder')
+    if ckpt.state is None: raise CheckpointError(f'{found[-1]} has no training_state.pt: it can write text, but training cannot go on from it')
+    try: self.load_state_dict(ckpt.state)                                     # may refuse, so the weights come last
+    except (KeyError, TypeError) as e: raise CheckpointError(f'{found[-1]}/training_state.pt is not the state of a Trainer: {e!r}') from e
     self.model.load_state_dict(ckpt.model.state_dict())
-    self.load_state_dict(ckpt.state)
     return True
 
 @patch
@@ -409,7 +472,7 @@ def fit(self: Trainer,
     on_step: Callable[['Trainer', dict], None]|None = None # called after each step with its record
 ) -> list[dict]: # the whole log of the run, resumed parts included
     "Train. The record of each step goes to the log; each `eval_every` steps it has the validation loss in it."
-    if self.step == 0 and list_checkpoints(self.folder):
+    if (found := list_checkpoints(self.folder)) and int(found[-1].name[5:]) > self.step:
         raise FileExistsError(f'{self.folder} holds a run already: call resume() to go on with it, or choose another folder')
     c, val = self.config, None
     self._begin()
@@ -426,15 +489,15 @@ def fit(self: Trainer,
                 if self.step % c.checkpoint_every == 0 or self.step in (*c.milestones, c.max_steps) or asked: self.save()
                 _advance(bar, record, self.seconds, val)
                 if on_step: on_step(self, record)
-            if asked: raise KeyboardInterrupt
+            if asked: self.save(); raise KeyboardInterrupt
     finally: bar.close(); self.log.close(); self.log = None
     return read_log(self.folder/'log.jsonl')
 
 @patch
 def _begin(self: Trainer) -> None:
     "Open the log where the run stands, sweep up what an interrupted write left, and validate once before the first step."
+    self.log = RunLog(self.folder, keep_until=self.step if self.step else -1) # takes the lock
     for rest in (self.folder/'checkpoints').glob('.step-*.tmp'): shutil.rmtree(rest)
-    self.log = RunLog(self.folder, keep_until=self.step if self.step else -1)
     if self.step == 0: self.log.write({'step': 0, 'tokens': 0, 'seconds': 0., 'val_loss': self.validate().nats_per_token})
     self.model.train()
 

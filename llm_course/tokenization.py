@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from .core import atomic_write
 
-# %% ../nbs/03_tokenization.ipynb #09fecc1d
+# %% ../nbs/03_tokenization.ipynb #8b48dc32
 class Tokenizer:
     "Text to ids and back. A subclass says how ordinary text becomes ids; special tokens, decoding and errors are the same for all."
     vocab_size: int                 # one more than the largest id
@@ -32,12 +32,19 @@ class Tokenizer:
         special_tokens: dict[str, int]  # the id of each special token; raises `ValueError` if one is taken
     ):
         if '' in special_tokens: raise ValueError('a special token cannot be the empty string: name it, for example <|endoftext|>')
+        if bad := [i for i in (*tokens, *special_tokens.values()) if type(i) is not int or not 0 <= i < 2**32]:
+            raise ValueError(f'{bad[0]!r} is not an id: ids are integers from 0 to 2**32 - 1')
         for name, i in special_tokens.items():
             if i in tokens or list(special_tokens.values()).count(i) > 1:
                 raise ValueError(f'special token {name!r} shares its id {i} with another token: give it an id of its own')
         self.special_tokens = dict(special_tokens)
         self._bytes = tokens | {i: name.encode() for name, i in special_tokens.items()}
         self.vocab_size = max(self._bytes) + 1
+
+    @property
+    def ids(self) -> list[int]:
+        "Every id that can be decoded, in order."
+        return sorted(self._bytes)
 
     def __repr__(self) -> str: return f'{type(self).__name__}(vocab_size={self.vocab_size}, special_tokens={self.special_tokens})'
     # a subclass defines these three:
@@ -202,7 +209,17 @@ _for_ascii: dict[str, re.Pattern] = {}                                 # faster 
 def _pieces(text: str, pattern: str) -> Iterable[str]:
     found = text.isascii() and _for_ascii.get(pattern) or _compiled(pattern)
     # a list is faster, but of a very long text it would take too much memory
-    return found.findall(text) if len(text) < 1 << 23 else (m[0] for m in found.finditer(text))
+    pieces = found.findall(text) if len(text) < 1 << 23 else (m[0] for m in found.finditer(text))
+    return pieces if pattern in _for_ascii else _nothing_lost(pieces, text, pattern)
+
+def _nothing_lost(pieces: Iterable[str], text: str, pattern: str) -> Iterator[str]:
+    "The pieces, checked to be the whole text in order: a look-around, (?r) or K in a pattern can lose some of it."
+    at = 0
+    for piece in pieces:
+        if not piece or not text.startswith(piece, at): break
+        at += len(piece)
+        yield piece
+    if at != len(text): raise ValueError(f'the split pattern {pattern!r} loses text at character {at}, {text[at:at + 10]!r}: every match must take characters, forwards')
 
 # %% ../nbs/03_tokenization.ipynb #454a3cfe
 def split_text(
@@ -220,7 +237,7 @@ def count_pieces(
     progress: bool = False             # show a progress bar
 ) -> Counter[str]:
     "How often each piece occurs. Raises `ValueError` for a corpus without text."
-    counts: Counter[str] = Counter()
+    counts, special_tokens = Counter(), _special_list(special_tokens)
     for text in tqdm(_checked(texts), desc='counting', unit=' texts', disable=not progress):
         for part in _cut(text, special_tokens)[::2]: counts.update(_pieces(part, pattern))
     if not counts: raise ValueError('the corpus is empty: training needs at least one character')
@@ -533,7 +550,7 @@ def load_tokenizer(
 ) -> Tokenizer:
     "Read a tokenizer of any kind. Raises `ValueError`, naming the file and the reason, for a damaged or unsupported one."
     try: return _from_dict(json.loads(Path(path).read_text('utf-8')))
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as e:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as e:
         why = f'{e.args[0]!r} is missing' if isinstance(e, KeyError) else str(e)
         raise ValueError(f'{path} is not a tokenizer that can be read here: {why}') from e
 
