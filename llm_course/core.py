@@ -310,7 +310,7 @@ def fetch(
     verify_sha256(path, source.sha256)
     return path
 
-# %% ../nbs/00_core.ipynb #9bbf4781
+# %% ../nbs/00_core.ipynb #2c581fa0
 def read_text(
     path: str|Path # a text file in UTF-8
 ) -> str:
@@ -323,6 +323,7 @@ def read_text(
     if not text.strip(): raise ValueError(f'{path} holds no text: a corpus needs at least one character')
     return text
 
+# %% ../nbs/00_core.ipynb #55f95e7c
 def _jsonl(path: Path) -> list[Document]:
     docs = []
     for n, line in enumerate(read_text(path).split('\n'), 1):

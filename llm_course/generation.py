@@ -41,7 +41,7 @@ def top_p_filter(
     before = probs.cumsum(-1) - probs                                         # probability of the better ones
     return torch.empty_like(logits).scatter_(-1, order, ranked.masked_fill((before >= p) & (before > 0), -torch.inf))
 
-# %% ../nbs/08_generation.ipynb #7a247949
+# %% ../nbs/08_generation.ipynb #7966da25
 @dataclass(frozen=True)
 class SamplingConfig:
     "How the next token is drawn: scores / temperature, then top-k, then top-p. Temperature 0 is greedy choice."
@@ -69,6 +69,7 @@ def next_token_probs(
     if config.top_p is not None: logits = top_p_filter(logits, config.top_p)
     return logits.softmax(-1)
 
+# %% ../nbs/08_generation.ipynb #65320ab4
 def sample_token(
     logits: Tensor,                            # scores (V,)
     config: SamplingConfig = SamplingConfig(), # how to draw
@@ -78,7 +79,7 @@ def sample_token(
     device = generator.device if generator else logits.device                 # multinomial wants both on one device
     return torch.multinomial(next_token_probs(logits, config).to(device), 1, generator=generator).item()
 
-# %% ../nbs/08_generation.ipynb #07d8b59b
+# %% ../nbs/08_generation.ipynb #0be8d890
 @torch.no_grad()
 def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
     "Scores (V,) for the token after `ids`, with dropout off."
@@ -94,6 +95,10 @@ def _as_ids(what: str, ids: Iterable[int]) -> list[int]:
     try: return [operator.index(i) for i in (ids.tolist() if hasattr(ids, 'tolist') else ids)]
     except TypeError as e: raise TypeError(f'{what} is not a flat sequence of integer ids ({e}): of a batch pass one row, ids[0]') from None
 
+def _check_vocabulary(size: int, **named: Iterable[int]) -> None:
+    for what, ids in named.items():
+        if bad := [i for i in ids if not 0 <= i < size]: raise ValueError(f'{what}: id {bad[0]} is not in the vocabulary [0, {size})')
+
 def _check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int, slide: bool) -> None:
     limit = model.config.max_seq_len
     if not len(prompt): raise ValueError('the prompt is empty: start with at least one token, for example <|endoftext|>')
@@ -102,7 +107,7 @@ def _check_prompt(model: GPT, prompt: Sequence[int], max_new_tokens: int, slide:
     if not slide and len(prompt) + max_new_tokens - 1 > limit:
         raise ValueError(f'{len(prompt)} + {max_new_tokens} tokens exceed max_seq_len={limit}, and the window may not slide: ask for at most {limit - len(prompt) + 1}')
 
-# %% ../nbs/08_generation.ipynb #8816ab08
+# %% ../nbs/08_generation.ipynb #47fd4f71
 def generate_stream(
     model: GPT,                            # any GPT, on any device
     prompt: Sequence[int],                 # ids, at least one and at most max_seq_len
@@ -118,10 +123,9 @@ def generate_stream(
     prompt, stop, V = _as_ids('prompt', prompt), frozenset(_as_ids('stop_tokens', stop_tokens)), model.config.vocab_size
     max_new_tokens, = _as_ids('max_new_tokens', [max_new_tokens])
     _check_prompt(model, prompt, max_new_tokens, slide and cache is None)
-    for what, some in (('prompt', prompt), ('stop_tokens', stop)):
-        if bad := [i for i in some if not 0 <= i < V]: raise ValueError(f'{what}: id {bad[0]} is not in the vocabulary [0, {V})')
+    _check_vocabulary(V, prompt=prompt, stop_tokens=stop)
     if cache is not None and cache.length >= len(prompt):
-        raise ValueError(f'the cache holds {cache.length} positions and the prompt has {len(prompt)} tokens: the prompt begins with what the cache holds; take a new cache')
+        raise ValueError(f'the cache holds {cache.length} positions and the prompt has {len(prompt)} tokens: take a new cache, or a prompt that goes on')
     closed = None
     if allowed_ids is not None and len(allowed_ids) < V: closed = torch.ones(V, dtype=torch.bool).index_fill_(0, torch.as_tensor(allowed_ids), False)
     def run() -> Iterator[int]:
@@ -135,6 +139,7 @@ def generate_stream(
             if ids[-1] in stop: return
     return run()
 
+# %% ../nbs/08_generation.ipynb #8b7790bc
 def generate(
     model: GPT,             # any GPT
     prompt: Sequence[int],  # ids

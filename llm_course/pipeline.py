@@ -37,7 +37,7 @@ def corpus_key(
     for d in docs: digest.update(json.dumps([d.name, d.text]).encode())
     return digest.hexdigest()[:16]
 
-# %% ../nbs/26_pipeline.ipynb #391b9025
+# %% ../nbs/26_pipeline.ipynb #47bb8b1a
 class StaleError(ValueError):
     "A result that was made from other inputs, and must not be replaced silently."
 
@@ -65,6 +65,7 @@ def step(
     _write_steps(folder, known | {name: inputs})
     return True
 
+# %% ../nbs/26_pipeline.ipynb #87230905
 def _read_steps(folder: Path) -> dict:
     record = folder/'steps.json'
     try: known = json.loads(record.read_text(encoding='utf-8')) if record.exists() else {}
@@ -166,7 +167,7 @@ def load_config(
     parser = _run_parser()
     return _to_config(parser.instantiate(parser.parse_args(_with_config(['--config', name, *overrides]))))
 
-# %% ../nbs/26_pipeline.ipynb #2865e6c9
+# %% ../nbs/26_pipeline.ipynb #c3be78dc
 @dataclass
 class Prepared:
     "What `prepare` made: a tokenizer and two token files."
@@ -174,6 +175,7 @@ class Prepared:
     train: TokenFile
     val: TokenFile
 
+# %% ../nbs/26_pipeline.ipynb #fbc971ee
 _MADE = {'steps.json', 'tokenizer.json', 'train.bin', 'val.bin', 'log.jsonl', '.lock', 'checkpoints', 'tensorboard', 'loss.png', 'report.json'}
 
 def _delete_run(folder: Path) -> None:
@@ -193,6 +195,7 @@ def _check_early(config: RunConfig) -> None:
     if not 0 < config.val_fraction < 1: raise ValueError(f'val_fraction {config.val_fraction} is not between 0 and 1: try 0.05')
     generator(tc.seed)
 
+# %% ../nbs/26_pipeline.ipynb #43e028c9
 def prepare(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -221,7 +224,7 @@ def prepare(
     say(f'tokens: {len(out.train):,} to learn from, {len(out.val):,} held out, {out.train.n_bytes / len(out.train):.2f} bytes each')
     return out
 
-# %% ../nbs/26_pipeline.ipynb #6f9096b4
+# %% ../nbs/26_pipeline.ipynb #430661a9
 def pretrain(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -237,7 +240,7 @@ def pretrain(
         say(f'model: already trained for {trainer.step} steps')
         return trainer
     if resumed: say(f'model: going on from step {trainer.step}')
-    plan = Budget('training', flops=left * tokens * flops_per_token(mc, trainer.seq_len), params=params, efficiency=.25, device=device.type)
+    plan = Budget('training', flops=left * tokens * flops_per_token(mc, trainer.seq_len), params=params, efficiency=.4, device=device.type)
     say(f'model: {params:,} parameters on {device}; {left} steps of {tokens:,} tokens, about {_duration(plan.seconds)}')
     def report(t: Trainer, record: dict) -> None:                         # where no bar is drawn, a line for each validation
         if 'val_loss' in record: say(f'  step {record["step"]}: loss {record["loss"]:.3f}, validation {record["val_loss"]:.3f}')
@@ -270,7 +273,7 @@ def samples(
     draw = lambda m: generate_text(m, tokenizer, config.prompt, config.sample_tokens, config=SamplingConfig(.8, top_p=.95), generator=generator(0))
     return {s: config.prompt + draw(m) for s, m in models.items()}
 
-# %% ../nbs/26_pipeline.ipynb #c793d2a7
+# %% ../nbs/26_pipeline.ipynb #5b3ff7e5
 def _draw(config: RunConfig, found: dict[str, Evaluation]) -> Path|None:
     "The loss curve as a picture, in nats per byte, if matplotlib is installed."
     try: import matplotlib
@@ -298,6 +301,7 @@ def _report(config: RunConfig, found: dict[str, Evaluation], texts: dict[int, st
     lines += [f'  {generate}', f'  {_command("tensorboard")} --logdir {shlex.quote(config.out)}', '  make lab    (the course; chapter 10 explains what you have just seen)']
     return '\n'.join(lines)
 
+# %% ../nbs/26_pipeline.ipynb #d0bb7e29
 def run(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -342,7 +346,7 @@ def generate_command(
         sys.stdout.write(piece); sys.stdout.flush()
     sys.stdout.write('\n')
 
-# %% ../nbs/26_pipeline.ipynb #066464fa
+# %% ../nbs/26_pipeline.ipynb #3fcb08a8
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
     say(f'{config.data}: {len(docs)} documents, {sum(len(d.text.encode()) for d in docs):,} bytes')
@@ -365,6 +369,7 @@ def _parser() -> Any:
     commands.add_subcommand('generate', sub, help=text)
     return parser
 
+# %% ../nbs/26_pipeline.ipynb #e2edd0f3
 def _say(text: str) -> None: print(text, flush=True)
 
 def main(

@@ -28,7 +28,7 @@ from .dataloading import Batches, TokenFile
 from .gpt import GPT, GPTConfig, count_params
 from .tokenization import Tokenizer, load_tokenizer
 
-# %% ../nbs/10_pretraining.ipynb #33f2a432
+# %% ../nbs/10_pretraining.ipynb #d32c2518
 @dataclass(frozen=True)
 class TrainConfig:
     "Everything that a run needs to know besides model and data. Validated on construction."
@@ -52,24 +52,28 @@ class TrainConfig:
     precision: str = 'float32'      # or 'bfloat16': matrix products in half the bits
     seed: int = 0
 
-    def __post_init__(self):
-        object.__setattr__(self, 'milestones', tuple(self.milestones))
-        for name in ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints', 'seed'):
-            value = getattr(self, name)
-            if type(value) is not int and not (value is None and name in ('seq_len', 'eval_batches')): raise ValueError(f'{name}={value!r}: must be an integer')
-        if not 0 <= self.weight_decay < math.inf: raise ValueError(f'weight_decay={self.weight_decay}: must be 0 or more, and finite')
-        if bad := [m for m in self.milestones if type(m) is not int]: raise ValueError(f'milestone {bad[0]!r} is not an integer')
-        positive = ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'lr', 'grad_clip', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints')
-        for name in positive:
-            value = getattr(self, name)
-            if value is not None and not 0 < value < math.inf: raise ValueError(f'{name}={value}: must be positive and finite')
-        for name in ('warmup', 'final_lr', 'beta1', 'beta2'):
-            if not 0 <= getattr(self, name) <= 1: raise ValueError(f'{name}={getattr(self, name)} is not in [0, 1]: choose a share')
-        for name, known in (('schedule', ('cosine', 'linear', 'constant')), ('precision', ('float32', 'bfloat16'))):
-            value = getattr(self, name)
-            if value not in known: raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
-        if bad := [m for m in self.milestones if not 0 < m <= self.max_steps]:
-            raise ValueError(f'milestone {bad[0]} is not in [1, max_steps={self.max_steps}]')
+    def __post_init__(self): self._validate()
+
+# %% ../nbs/10_pretraining.ipynb #6fdf72ce
+@patch
+def _validate(self: TrainConfig) -> None:
+    object.__setattr__(self, 'milestones', tuple(self.milestones))
+    for name in ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints', 'seed'):
+        value = getattr(self, name)
+        if type(value) is not int and not (value is None and name in ('seq_len', 'eval_batches')): raise ValueError(f'{name}={value!r}: must be an integer')
+    if not 0 <= self.weight_decay < math.inf: raise ValueError(f'weight_decay={self.weight_decay}: must be 0 or more, and finite')
+    if bad := [m for m in self.milestones if type(m) is not int]: raise ValueError(f'milestone {bad[0]!r} is not an integer')
+    positive = ('max_steps', 'batch_size', 'seq_len', 'accumulate', 'lr', 'grad_clip', 'eval_every', 'eval_batches', 'checkpoint_every', 'keep_checkpoints')
+    for name in positive:
+        value = getattr(self, name)
+        if value is not None and not 0 < value < math.inf: raise ValueError(f'{name}={value}: must be positive and finite')
+    for name in ('warmup', 'final_lr', 'beta1', 'beta2'):
+        if not 0 <= getattr(self, name) <= 1: raise ValueError(f'{name}={getattr(self, name)} is not in [0, 1]: choose a share')
+    for name, known in (('schedule', ('cosine', 'linear', 'constant')), ('precision', ('float32', 'bfloat16'))):
+        value = getattr(self, name)
+        if value not in known: raise ValueError(f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
+    if bad := [m for m in self.milestones if not 0 < m <= self.max_steps]:
+        raise ValueError(f'milestone {bad[0]} is not in [1, max_steps={self.max_steps}]')
 
 # %% ../nbs/10_pretraining.ipynb #637d80da
 def make_optimizer(
@@ -166,7 +170,7 @@ class BigramModel(nn.Module):
 
     def forward(self, ids: Tensor) -> tuple[Tensor, None]: return self.logp[ids], None
 
-# %% ../nbs/10_pretraining.ipynb #e9d5d3cf
+# %% ../nbs/10_pretraining.ipynb #ca0fbe7e
 def read_log(
     path: str|Path # a log.jsonl
 ) -> list[dict]: # one dictionary a step
@@ -183,6 +187,7 @@ def read_log(
         records.append(record)
     return records
 
+# %% ../nbs/10_pretraining.ipynb #56cc1e1a
 def _lock(file: Any, folder: Path) -> None:
     try: import fcntl
     except ImportError: return                                            # Windows has no such lock
@@ -221,7 +226,7 @@ class RunLog:
         self.file.close(); self.lock.close()
         if self.board: self.board.close()
 
-# %% ../nbs/10_pretraining.ipynb #b55eee36
+# %% ../nbs/10_pretraining.ipynb #432a27ce
 def _sync(path: Path) -> None:
     if os.name == 'nt': return                                           # Windows syncs neither folders nor files opened for reading
     fd = os.open(path, os.O_RDONLY)
@@ -231,6 +236,14 @@ def _sync(path: Path) -> None:
 def _write_json(path: Path, data: dict) -> None:
     path.write_text(json.dumps(data, indent=2) + '\n', encoding='utf-8')
 
+def _save_state(state: dict, path: Path) -> None:
+    torch.save(state, path)
+    try: torch.load(path, map_location='meta', weights_only=True)         # what cannot be read again is not worth keeping
+    except pickle.UnpicklingError as e:
+        raise TypeError('state could not be read again: it may hold tensors, numbers, strings, lists and dictionaries only; '
+                        'turn NumPy numbers into float or int') from e
+
+# %% ../nbs/10_pretraining.ipynb #d9fe8623
 def save_checkpoint(
     folder: str|Path,          # its name; must not exist yet
     model: GPT,
@@ -248,12 +261,7 @@ def save_checkpoint(
         save_file(weights, tmp/'model.safetensors', metadata={'format': 'pt'})
         _write_json(tmp/'config.json', {'format': 'llm_course.gpt', 'version': 1, 'model': model.config.to_dict()})
         if tokenizer is not None: tokenizer.save(tmp/'tokenizer.json')
-        if state is not None:
-            torch.save(state, tmp/'training_state.pt')
-            try: torch.load(tmp/'training_state.pt', map_location='meta', weights_only=True)
-            except pickle.UnpicklingError as e:
-                raise TypeError('state could not be read again: it may hold tensors, numbers, strings, lists and dictionaries only; '
-                                'turn NumPy numbers into float or int') from e
+        if state is not None: _save_state(state, tmp/'training_state.pt')
         _write_json(tmp/'manifest.json', {p.name: {'bytes': p.stat().st_size, 'sha256': file_sha256(p)} for p in sorted(tmp.iterdir())})
         for p in (*tmp.iterdir(), tmp): _sync(p)
         try: os.rename(tmp, folder)
@@ -264,7 +272,7 @@ def save_checkpoint(
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 
-# %% ../nbs/10_pretraining.ipynb #87f92fa4
+# %% ../nbs/10_pretraining.ipynb #61207541
 class CheckpointError(ValueError):
     "A checkpoint that is incomplete, damaged, or does not fit."
 
@@ -276,6 +284,7 @@ def _read_json(path: Path) -> dict:
         if not isinstance(data, dict) or key not in data: raise CheckpointError(f'{path} has no entry {key!r}: it is damaged, or not ours')
     return data
 
+# %% ../nbs/10_pretraining.ipynb #83add5f7
 def verify_checkpoint(
     folder: str|Path # a checkpoint folder
 ) -> None:
@@ -296,6 +305,7 @@ def verify_checkpoint(
             raise CheckpointError(f'{path} has {path.stat().st_size} bytes instead of {want["bytes"]}: it was cut off; {fix}')
         if file_sha256(path) != want['sha256']: raise CheckpointError(f'{path} is damaged (its checksum differs): {fix}')
 
+# %% ../nbs/10_pretraining.ipynb #262bd61a
 def _load_weights(model: GPT, weights: dict[str, Tensor], folder: Path) -> None:
     want = {n: p.shape for n, p in model.state_dict().items() if not (model.config.tie_embeddings and n == 'head.weight')}
     for n in sorted(want.keys() ^ weights.keys()):
@@ -312,6 +322,19 @@ class Checkpoint:
     tokenizer: Tokenizer|None
     state: dict|None
 
+def _read_model(folder: Path) -> GPT:
+    config = _read_json(folder/'config.json')
+    if config['format'] != 'llm_course.gpt': raise CheckpointError(f'{folder}/config.json has format {config["format"]!r}: expected llm_course.gpt')
+    if config.get('version') != 1: raise CheckpointError(f'{folder}/config.json has version {config.get("version")!r}, this is a reader of version 1: update llm_course')
+    c, weights = GPTConfig.from_dict(config['model']), load_file(folder/'model.safetensors')
+    if (want := sum(count_params(c).values())) != (got := sum(w.numel() for w in weights.values())):
+        raise ValueError(f'config.json means {want:,} parameters, model.safetensors holds {got:,}: they do not belong together')
+    if len(kinds := {w.dtype for w in weights.values()}) != 1 or not min(kinds, key=str).is_floating_point:
+        raise ValueError(f'the weights have the types {", ".join(map(str, kinds))}, not one floating-point type')
+    _load_weights(model := GPT(c).to(*kinds), weights, folder)
+    return model
+
+# %% ../nbs/10_pretraining.ipynb #c3e3c418
 def load_checkpoint(
     folder: str|Path,                # a checkpoint folder
     device: str|torch.device = 'cpu',
@@ -320,16 +343,8 @@ def load_checkpoint(
     "Read and verify a checkpoint. Raises `CheckpointError` for anything that is missing, damaged or does not fit. Nothing in it can run code."
     folder = Path(folder)
     verify_checkpoint(folder)
-    config = _read_json(folder/'config.json')
-    if config['format'] != 'llm_course.gpt': raise CheckpointError(f'{folder}/config.json has format {config["format"]!r}: expected llm_course.gpt')
-    if config.get('version') != 1: raise CheckpointError(f'{folder}/config.json has version {config.get("version")!r}, this is a reader of version 1: update llm_course')
     try:
-        c, weights = GPTConfig.from_dict(config['model']), load_file(folder/'model.safetensors')
-        if (want := sum(count_params(c).values())) != (got := sum(w.numel() for w in weights.values())):    # before any memory is taken
-            raise ValueError(f'config.json means {want:,} parameters, model.safetensors holds {got:,}: they do not belong together')
-        if len(kinds := {w.dtype for w in weights.values()}) != 1 or not min(kinds, key=str).is_floating_point:
-            raise ValueError(f'the weights have the types {", ".join(map(str, kinds))}, not one floating-point type')
-        _load_weights(model := GPT(c).to(*kinds), weights, folder)
+        model = _read_model(folder)
         tokenizer = load_tokenizer(folder/'tokenizer.json') if (folder/'tokenizer.json').exists() else None
         state = torch.load(folder/'training_state.pt', map_location='cpu', weights_only=True) if with_state and (folder/'training_state.pt').exists() else None
     except CheckpointError: raise
@@ -338,7 +353,7 @@ def load_checkpoint(
         raise CheckpointError(f'{folder} cannot be read ({type(e).__name__}: {why}): use another checkpoint') from e
     return Checkpoint(model.to(device), tokenizer, state)
 
-# %% ../nbs/10_pretraining.ipynb #70a7af58
+# %% ../nbs/10_pretraining.ipynb #1ab95bda
 class DivergedError(ArithmeticError):
     "The loss is no longer a number."
 
@@ -360,31 +375,37 @@ class Trainer:
         self.step, self.seconds, self.log = 0, 0., None
         self.rng = [torch.Generator(d).manual_seed(config.seed).get_state() for d in self._rng_devices()]  # for dropout
 
-    def _rng_devices(self) -> list: return ['cpu', *([self.device] if self.device.type != 'cpu' else [])]
+# %% ../nbs/10_pretraining.ipynb #894f5dc0
+@patch
+def _rng_devices(self: Trainer) -> list: return ['cpu', *([self.device] if self.device.type != 'cpu' else [])]
 
-    @contextmanager
-    def _own_rng(self) -> Iterator[None]:
-        "In the block the shared generators are where this run left them; afterwards where the caller left them."
-        other, kind = self._rng_devices()[1:], self.device.type
-        with torch.random.fork_rng(devices=other, device_type=kind if other else 'cuda'):
-            torch.set_rng_state(self.rng[0])
-            for s in self.rng[1:]: getattr(torch, kind).set_rng_state(s, self.device)
-            yield
-            self.rng = [torch.get_rng_state(), *(getattr(torch, kind).get_rng_state(d) for d in other)]
+@patch
+@contextmanager
+def _own_rng(self: Trainer) -> Iterator[None]:
+    "In the block the shared generators are where this run left them; afterwards where the caller left them."
+    other, kind = self._rng_devices()[1:], self.device.type
+    with torch.random.fork_rng(devices=other, device_type=kind if other else 'cuda'):
+        torch.set_rng_state(self.rng[0])
+        for s in self.rng[1:]: getattr(torch, kind).set_rng_state(s, self.device)
+        yield
+        self.rng = [torch.get_rng_state(), *(getattr(torch, kind).get_rng_state(d) for d in other)]
 
-    def train_step(self) -> dict[str, float]:
-        "One update of the weights. Raises `DivergedError`, before the weights are touched, if loss or gradient is not a number."
-        c, lr = self.config, lr_at(self.step, self.config)
-        for group in self.optimizer.param_groups: group['lr'] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._own_rng(): loss = accumulated_backward(self.model, [next(self.batches) for _ in range(c.accumulate)], getattr(torch, c.precision))
-        norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
-        loss, norm = loss.item(), norm.item()
-        if not math.isfinite(loss + norm):
-            raise DivergedError(f'step {self.step + 1}: loss {loss}, gradient norm {norm} at learning rate {lr:.2g}: train again with a lower lr or grad_clip, in another folder')
-        self.optimizer.step()
-        self.step += 1
-        return {'step': self.step, 'tokens': self.step * c.accumulate * c.batch_size * self.seq_len, 'loss': loss, 'lr': lr, 'grad_norm': norm}
+# %% ../nbs/10_pretraining.ipynb #f2ffa88c
+@patch
+def train_step(self: Trainer) -> dict[str, float]:
+    "One update of the weights. Raises `DivergedError`, before the weights are touched, if loss or gradient is not a number."
+    c, lr = self.config, lr_at(self.step, self.config)
+    for group in self.optimizer.param_groups: group['lr'] = lr
+    self.optimizer.zero_grad(set_to_none=True)
+    with self._own_rng(): loss = accumulated_backward(self.model, [next(self.batches) for _ in range(c.accumulate)], getattr(torch, c.precision))
+    norm = nn.utils.clip_grad_norm_(self.model.parameters(), c.grad_clip)
+    loss, norm = loss.item(), norm.item()
+    if not math.isfinite(loss + norm):
+        raise DivergedError(f'step {self.step + 1}: loss {loss}, gradient norm {norm} at learning rate {lr:.2g}: '
+                            'train again with a lower lr or grad_clip, in another folder')
+    self.optimizer.step()
+    self.step += 1
+    return {'step': self.step, 'tokens': self.step * c.accumulate * c.batch_size * self.seq_len, 'loss': loss, 'lr': lr, 'grad_norm': norm}
 
 # %% ../nbs/10_pretraining.ipynb #39fa1a0f
 @patch
@@ -464,7 +485,7 @@ def _advance(bar: tqdm, record: dict, seconds: float, val: float|None) -> None:
     parts = [f'loss {record["loss"]:.3f}', *([f'val {val:.3f}'] if val else []), f'{record["tokens"] / seconds:,.0f} tokens/s']
     bar.set_postfix_str(', '.join(parts), refresh=False); bar.update()
 
-# %% ../nbs/10_pretraining.ipynb #043c32e5
+# %% ../nbs/10_pretraining.ipynb #ca6ee21b
 @patch
 def fit(self: Trainer,
     until: int|None = None,                       # stop after this step, without a checkpoint of its own; default max_steps
@@ -493,6 +514,7 @@ def fit(self: Trainer,
     finally: bar.close(); self.log.close(); self.log = None
     return read_log(self.folder/'log.jsonl')
 
+# %% ../nbs/10_pretraining.ipynb #2e920b17
 @patch
 def _begin(self: Trainer) -> None:
     "Open the log where the run stands, sweep up what an interrupted write left, and validate once before the first step."
