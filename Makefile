@@ -48,6 +48,6 @@ execute: .venv/dev.stamp ## run a notebook from top to bottom in a fresh kernel 
 	@$(BIN)/nbdev_clean --fname "$(NB)"
 
 bench: .venv/dev.stamp ## the measurements of benchmarks/, side by side with other libraries
-	@for f in benchmarks/bench_*.py; do echo "== $$f"; $(BIN)/python $$f || exit 1; done
+	@for f in benchmarks/bench_*.py; do n=$${f#benchmarks/bench_}; echo "== $$f"; $(BIN)/python $$f --out benchmarks/$${n%.py}.md || exit 1; done
 
 .PHONY: help run test lab docs prepare execute bench

@@ -4,6 +4,7 @@ AdamW GPT-2 recipe (LayerNorm, GELU, learned positions) of the same depth, width
 The sides alternate in one run, block by block; medians over all steps and ratios within the run are reported.
 """
 import argparse
+import platform
 import statistics
 import tempfile
 import time
@@ -73,7 +74,8 @@ def main() -> None:
             for _ in range(args.steps):
                 start = time.perf_counter(); step()
                 if i: times[name].append(time.perf_counter() - start)
-    text = f'{args.rounds} rounds of {args.steps} steps, batch {args.batch} x {CONTEXT}, vocabulary {VOCAB}, {torch.get_num_threads()} threads, float32\n\n'
+    text = (f'{args.rounds} rounds of {args.steps} steps, batch {args.batch} x {CONTEXT}, vocabulary {VOCAB}, float32; '
+            f'{platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n\n')
     text += table(times, {k: m for k, (_, m) in all_sides.items()}, args.batch)
     print(text)
     if args.out:
