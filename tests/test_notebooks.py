@@ -38,12 +38,9 @@ def undocumented(path) -> list[str]:
             trivial = isinstance(node, ast.FunctionDef) and any(getattr(d, 'id', '') == 'property' for d in node.decorator_list)
             if not ast.get_docstring(node) and not trivial: found.append(f'{name} has no docstring')
             if missing := missing_annotations(node): found.append(f'{name}: {", ".join(missing)} without annotation')
-            if not any(re.search(rf'\b{name}\b', s) for s in near) and name not in INDIRECT.get(path.stem, ()):
+            if not any(re.search(rf'\b{name}\b', s) for s in near):
                 found.append(f'{name} is not tested in the cells that follow it')
     return found
-
-# Names that are tested by what calls them, in the cells that follow: a trainer's parts by its run, a model's by its output.
-INDIRECT = {'06_gpt': ('hidden', 'forward', 'init_weights')}
 
 
 @every_chapter

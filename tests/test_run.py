@@ -126,8 +126,8 @@ def test_the_command_line_overrides_the_configuration_in_any_order(tmp_path):
     (['--model.n_heads', '3'], "unknown config key 'n_heads': did you mean 'n_head'?"),
     (['--model.n_head', '5'], 'd_model=32 is not a multiple of n_head=5'),
     (['--model.n_kv_head', '3', '--model.n_head', '4'], 'n_kv_head=3 does not divide n_head=4'),
-    (['--vocab_size', '200'], '200'),
-    (['--vocab_size', '60000'], '60000'),
+    (['--vocab_size', '200'], 'vocab_size 200 is too small: 256 bytes and 1 special tokens make at least 257'),
+    (['--vocab_size', '60000'], 'vocab_size 60000 cannot be reached'),
     (['--data', 'latin1.txt'], 'byte 0xe9 at offset 3 is not UTF-8'),
     (['--data', 'empty.txt'], 'holds no text'),
     (['--config', 'nothing.yaml'], "no configuration 'nothing.yaml'"),
@@ -141,4 +141,6 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, args, words)
     except SystemExit as e: status = e.code
     err = capsys.readouterr().err
     assert status and words in err and 'Traceback' not in err, err
+    said = [line for line in err.splitlines() if words in line]
+    assert len(said) == 1 and said[0].startswith(('llm-course: ', 'error: ')), err
     assert not list_checkpoints(tmp_path/'runs'/'tiny')
