@@ -10,7 +10,8 @@ cfg.read(here / 'settings.ini', encoding='utf-8')
 cfg = cfg['DEFAULT']
 
 train = cfg['train_requirements'].split()
-dev = train + cfg['dev_requirements'].split()
+text = cfg['text_requirements'].split()
+dev = train + text + cfg['dev_requirements'].split()
 py_versions = ['3.11', '3.12', '3.13', '3.14']
 assert cfg['min_python'] in py_versions
 
@@ -32,7 +33,7 @@ setup(
     package_data={'llm_course': ['configs/*.yaml']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'train': train, 'dev': dev},
+    extras_require={'train': train, 'text': text, 'dev': dev},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

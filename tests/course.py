@@ -6,8 +6,17 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT/'nbs'
-CHAPTERS = sorted(p for p in NBS.glob('[0-9][0-9]_*.ipynb'))
-NUMBER = {p.stem[3:]: int(p.stem[:2]) for p in CHAPTERS}
+CHAPTERS = sorted(p for p in NBS.glob('[0-9][0-9]*_*.ipynb'))
+
+def number(path: Path) -> str:
+    "The number of a page, such as 03, or 03b for the second page of a chapter. Their order as text is the order of the course."
+    return path.stem.split('_', 1)[0]
+
+def module(path: Path) -> str:
+    "The name of the module that a page becomes."
+    return path.stem.split('_', 1)[1]
+
+NUMBER = {module(p): number(p) for p in CHAPTERS}
 
 
 def cells(path: Path) -> list[dict]:

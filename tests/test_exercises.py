@@ -4,7 +4,7 @@ import importlib
 import re
 
 import pytest
-from course import CHAPTERS, cells, directives, is_exported, only_imports
+from course import CHAPTERS, cells, directives, is_exported, module, only_imports
 
 from llm_course.core import Verdict
 
@@ -22,7 +22,7 @@ def exercises(path):
 
 def namespace(path) -> dict:
     "What an exercise may use: everything in the chapter's module, and the chapter's import cells."
-    ns = dict(vars(importlib.import_module(f'llm_course.{path.stem[3:]}')))
+    ns = dict(vars(importlib.import_module(f'llm_course.{module(path)}')))
     for c in cells(path):
         if c['cell_type'] == 'code' and only_imports(c['source']) and 'nbdev_export' not in c['source']: exec(c['source'], ns)
     return ns

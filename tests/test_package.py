@@ -7,11 +7,12 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from course import CHAPTERS, NUMBER, ROOT
+from course import CHAPTERS, NUMBER, ROOT, module
 
 # What only the extras install. Importing any of these while a module is imported is an error.
 EXTRAS = ['matplotlib', 'tensorboard', 'jsonargparse', 'yaml', 'transformers', 'tokenizers', 'tiktoken', 'nbdev', 'IPython', 'pytest', 'hypothesis', 'smalldocs',
-          'bs4', 'ipywidgets', 'nbconvert', 'math_core', 'execnb', 'ghapi', 'fastgit']
+          'bs4', 'ipywidgets', 'nbconvert', 'math_core', 'execnb', 'ghapi', 'fastgit',
+          'datasets', 'pandas', 'pyarrow', 'sentencepiece', 'py3langid', 'gguf', 'gensim', 'datasketch', 'scipy', 'requests']
 ALONE = '''
 import sys
 class Refuse:
@@ -26,7 +27,7 @@ def run_alone(code: str, **kwargs) -> subprocess.CompletedProcess:
 
 
 def test_every_module_imports_alone_without_extras(tmp_path):
-    modules = [p.stem[3:] for p in CHAPTERS]
+    modules = [module(p) for p in CHAPTERS]
     with ThreadPoolExecutor(2) as pool:
         for name, got in zip(modules, pool.map(lambda m: run_alone(f'import llm_course.{m}', cwd=tmp_path), modules)):
             assert got.returncode == 0, f'{name}: {got.stderr[-500:]}'
@@ -54,7 +55,7 @@ def wheel(tmp_path_factory):
 
 def test_wheel_holds_modules_and_configurations(wheel):
     names = zipfile.ZipFile(wheel).namelist()
-    for p in CHAPTERS: assert f'llm_course/{p.stem[3:]}.py' in names
+    for p in CHAPTERS: assert f'llm_course/{module(p)}.py' in names
     for p in (ROOT/'llm_course'/'configs').glob('*.yaml'): assert f'llm_course/configs/{p.name}' in names
     assert not any(n.startswith(('nbs/', 'tests/', 'tools/', 'data/')) for n in names)
 
