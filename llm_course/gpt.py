@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ACTIVATIONS', 'PRESETS', 'MLP', 'GPTConfig', 'make_norm', 'Block', 'GPT', 'count_params', 'flops_per_token']
 
-# %% ../nbs/06_gpt.ipynb #ecc6988c
+# %% ../nbs/06_gpt.ipynb #7e9eed38
 import dataclasses, difflib, math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +15,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .attention import KVCache, MultiHeadAttention, RMSNorm, rope_frequencies
+from .attention import KVCache, MultiHeadAttention, RMSNorm
 from .core import generator
+from .positions import rope_frequencies
 
 # %% ../nbs/06_gpt.ipynb #dd6e336a
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = { # name -> (function, whether it gates)

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'make_optimizer', 'lr_at', 'accumulated_backward', 'Ev
            'BigramModel', 'read_log', 'RunLog', 'save_checkpoint', 'CheckpointError', 'verify_checkpoint', 'Checkpoint',
            'load_checkpoint', 'DivergedError', 'Trainer', 'list_checkpoints', 'ctrl_c_waits', 'plot_run']
 
-# %% ../nbs/10_pretraining.ipynb #5c2b5234
+# %% ../nbs/10_pretraining.ipynb #7fc8f1e4
 import dataclasses, json, math, os, pickle, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -26,6 +26,7 @@ from tqdm import tqdm
 from .core import atomic_write, file_sha256, generator
 from .dataloading import Batches, TokenFile
 from .gpt import GPT, GPTConfig, count_params
+from .ngrams import NGramModel
 from .tokenization import Tokenizer, load_tokenizer
 
 # %% ../nbs/10_pretraining.ipynb #d32c2518
@@ -148,7 +149,7 @@ def evaluate(
     n_bytes = getattr(tokens, 'n_bytes', None)
     return Evaluation(per_token, per_token * len(tokens) / n_bytes if n_bytes else None, count)
 
-# %% ../nbs/10_pretraining.ipynb #694dc44c
+# %% ../nbs/10_pretraining.ipynb #73bfeca6
 class UniformModel(nn.Module):
     "Knows nothing: the same score for each token. ids (B, T) -> (logits (B, T, V), None)."
     def __init__(self, vocab_size: int):
@@ -158,15 +159,13 @@ class UniformModel(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, None]: return torch.zeros(*ids.shape, self.vocab_size, device=ids.device), None
 
 class BigramModel(nn.Module):
-    "Counts pairs, smoothed as Witten and Bell (1991, method C). ids (B, T) -> (log-probabilities (B, T, V), None)."
+    "Counts pairs, smoothed as Witten and Bell (1991, method C; chapter 01b). ids (B, T) -> (log-probabilities (B, T, V), None)."
     def __init__(self, tokens: Any, vocab_size: int): # tokens: one-dimensional ids to count
         super().__init__()
         if vocab_size > 20_000: raise ValueError(f'a table for vocab_size={vocab_size} needs {4e-9 * vocab_size**2:.1f} GB: use a vocabulary of at most 20,000')
-        ids = torch.as_tensor(getattr(tokens, 'ids', tokens)[:].astype('int64'))
-        pairs = torch.bincount(ids[:-1] * vocab_size + ids[1:], minlength=vocab_size**2).view(vocab_size, vocab_size).float() # (V, V)
-        alone = torch.bincount(ids, minlength=vocab_size).float() + 1
-        seen, different = pairs.sum(1, keepdim=True), (pairs > 0).sum(1, keepdim=True).clamp_min(1)
-        self.register_buffer('logp', ((pairs + different * (alone / alone.sum())) / (seen + different)).log())
+        pairs, logp = NGramModel(2, vocab_size, 'witten-bell').fit(getattr(tokens, 'ids', tokens)), torch.empty(vocab_size, vocab_size)
+        for i in range(vocab_size): logp[i] = torch.from_numpy(pairs.next_probs([i])).log()
+        self.register_buffer('logp', logp)                          # (V, V)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, None]: return self.logp[ids], None
 
