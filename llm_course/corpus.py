@@ -9,7 +9,7 @@ __all__ = ['QUESTIONS', 'STOP_WORDS', 'NGRAM_LIMITS', 'QUALITY', 'html_to_text',
            'words_problem', 'symbols_problem', 'ngram_repetition', 'repetition_problem', 'surprise_problem', 'find_pii',
            'mask_pii', 'split_of', 'split_documents']
 
-# %% ../nbs/02_corpus.ipynb #121dac4a
+# %% ../nbs/02_corpus.ipynb #86793948
 import bz2, csv, gzip, hashlib, html, io, ipaddress, json, platform, re, unicodedata, zlib
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, NamedTuple
 from xml.parsers import expat
 
 import numpy as np, regex
+from fastcore.basics import patch
 from tqdm import tqdm
 
 from .core import SOURCES, Document, PackagedFile, Source, archive_files, atomic_write, data_dir, fetch, file_sha256, register_file, register_source
@@ -361,7 +362,7 @@ class StepCount:
             self.removed[reason] = self.removed.get(reason, 0) + n
             self.examples[reason] = (self.examples.get(reason, []) + other.examples[reason])[:examples]
 
-# %% ../nbs/02_corpus.ipynb #b5054f2f
+# %% ../nbs/02_corpus.ipynb #c58bfacc
 QUESTIONS = {'motivation': 'For what purpose was the corpus made, and by whom?', 'collection': 'How was the text collected, and did the people who wrote it agree?',
              'uses': 'What should it not be used for?', 'maintenance': 'Who corrects it, and how does a person have their text removed?'}
 
@@ -390,21 +391,23 @@ class Datasheet:
             'Sources: ' + ('; '.join(f'{s["name"]} ({s["licence"]})' for s in self.sources) or 'not stated') + '.', '',
             *(f'- {q} {self.answers.get(k, "*not answered*")}' for k, q in QUESTIONS.items())])
 
-    def save(self,
-        corpus: str|Path # the corpus file; the sheet is written beside it, as .datasheet.json and .datasheet.md
-    ) -> None:
-        "Write the sheet for programs and for people."
-        for suffix, text in (('.datasheet.md', self._repr_markdown_()), ('.datasheet.json', json.dumps(asdict(self), indent=1, ensure_ascii=False))):
-            with atomic_write(Path(corpus).with_suffix(suffix), 'w') as f: f.write(text + '\n')
+# %% ../nbs/02_corpus.ipynb #275c5ff6
+@patch
+def save(self: Datasheet,
+    corpus: str|Path # the corpus file; the sheet is written beside it, as .datasheet.json and .datasheet.md
+) -> None:
+    "Write the sheet for programs and for people."
+    for suffix, text in (('.datasheet.md', self._repr_markdown_()), ('.datasheet.json', json.dumps(asdict(self), indent=1, ensure_ascii=False))):
+        with atomic_write(Path(corpus).with_suffix(suffix), 'w') as f: f.write(text + '\n')
 
-    @classmethod
-    def load(cls,
-        corpus: str|Path # the corpus file
-    ) -> 'Datasheet':
-        "Read the sheet beside a corpus. Raises `FileNotFoundError`, or `ValueError` for something else."
-        path = Path(corpus).with_suffix('.datasheet.json')
-        try: d = json.loads(path.read_text(encoding='utf-8')); return cls(**d | {'steps': [StepCount(**c) for c in d['steps']]})
-        except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is not a datasheet ({e}): prepare the corpus again') from None
+@patch(cls_method=True)
+def load(cls: Datasheet,
+    corpus: str|Path # the corpus file
+) -> Datasheet:
+    "Read the sheet beside a corpus. Raises `FileNotFoundError`, or `ValueError` for something else."
+    path = Path(corpus).with_suffix('.datasheet.json')
+    try: d = json.loads(path.read_text(encoding='utf-8')); return cls(**d | {'steps': [StepCount(**c) for c in d['steps']]})
+    except (ValueError, KeyError, TypeError) as e: raise ValueError(f'{path} is not a datasheet ({e}): prepare the corpus again') from None
 
 # %% ../nbs/02_corpus.ipynb #89363f77
 def _setting(value: Any) -> Any:
@@ -564,7 +567,7 @@ class LanguageClassifier:
         best, bits = min(self.scores(text).items(), key=lambda kv: kv[1])
         return 'language: none that is known' if bits > most_bits else '' if best == want else f'language: {best}'
 
-# %% ../nbs/02_corpus.ipynb #541b80b5
+# %% ../nbs/02_corpus.ipynb #1492e222
 STOP_WORDS = frozenset('the be to of and that have with'.split())
 
 def length_problem(
@@ -581,7 +584,7 @@ def words_problem(text: str) -> str: # '' or a reason
     words = text.split()
     mean = sum(map(len, words)) / max(1, len(words))
     if not 3 <= mean <= 10: return f'mean word length {"below 3" if mean < 3 else "above 10"}'
-    if sum(not re.search(r'[^\W\d_]', w) for w in words) > .2 * len(words): return 'over 20 % of words without a letter'
+    if sum(not (w.isalpha() or re.search(r'[^\W\d_]', w)) for w in words) > .2 * len(words): return 'over 20 % of words without a letter'
     return '' if len(STOP_WORDS & set(map(str.lower, words))) >= 2 else 'fewer than two stop words'
 
 def symbols_problem(text: str) -> str: # '' or a reason

@@ -109,7 +109,7 @@ def jaccard(
     "Jaccard index: the common elements over all elements. Two empty sets are equal, 1."
     return len(a & b) / len(a | b) if a or b else 1.
 
-# %% ../nbs/02b_dedup.ipynb #6ce73c12
+# %% ../nbs/02b_dedup.ipynb #6663bd00
 def _mix(h: np.ndarray) -> np.ndarray:
     "Stir the bits of each 64-bit number; a bijection. Products are meant modulo 2**64."
     h = (h ^ (h >> np.uint64(30))) * np.uint64(0xbf58476d1ce4e5b9)
@@ -130,10 +130,9 @@ class _WordNumbers(dict):
     def __missing__(self, word: str) -> int:
         value = int.from_bytes(_digest(_fold(word), 8), 'little')
         if len(self) >= 1 << 20: self.clear()
-        if len(word) <= LONG_WORD: self[word] = value
-        return value
-
+        return self.setdefault(word, value) if len(word) <= LONG_WORD else value
 _numbers = _WordNumbers()
+
 def word_hashes(
     text: str # any text
 ) -> np.ndarray: # uint64, (number of words,)

@@ -121,27 +121,41 @@ class WordVectors:
         if word not in self: raise KeyError(f'{word!r} is not among the {len(self)} words: it was too rare, or is not in lower case')
         return self.index[word]
 
-# %% ../nbs/04_embeddings.ipynb #af80fb68
+# %% ../nbs/04_embeddings.ipynb #4150899c
+@patch
+def _cells(self: WordVectors, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+    "Row (counted from first), column and value of the cells in rows first to last of a sparse matrix: its cells are sorted."
+    rows, columns = self.unit.indices()
+    lo, hi = torch.searchsorted(rows, torch.tensor([first, last])).tolist()
+    return rows[lo:hi] - first, columns[lo:hi], self.unit.values()[lo:hi]
+
+@patch
+def _cosines(self: WordVectors, to: Tensor, first: int, last: int) -> Tensor: # (last - first,)
+    "The dot products of the unit vectors of words first to last with a vector."
+    if not self.unit.is_sparse: return self.unit[first:last] @ to
+    rows, columns, values = self._cells(first, last)
+    return torch.zeros(last - first).index_add_(0, rows, values * to[columns])
+
 @patch
 def direction(self: WordVectors, word: str) -> Tensor: # (D,)
     "The vector of a word, divided by its length. Raises `KeyError` for a word that has none."
     i = self._row(word)
     if not self.unit.is_sparse: return self.unit[i]
-    rows, columns = self.unit.indices()
-    lo, hi = torch.searchsorted(rows, torch.tensor([i, i + 1])).tolist()
-    return torch.zeros(self.unit.shape[1]).index_put((columns[lo:hi],), self.unit.values()[lo:hi])
+    _, columns, values = self._cells(i, i + 1)
+    return torch.zeros(self.unit.shape[1]).index_put((columns,), values)
+
+# %% ../nbs/04_embeddings.ipynb #e6a391a0
+@patch
+def _closest(self: WordVectors, to: Tensor, n: int, without: Iterable[str]) -> list[tuple[str, float]]:
+    cosines = self._cosines(to / to.norm().clamp_min(1e-12), 0, len(self))          # (V,)
+    cosines[[self.index[word] for word in without]] = -math.inf
+    top = cosines.topk(min(n, len(self) - len(set(without))))
+    return [(self.words[i], value) for i, value in zip(top.indices.tolist(), top.values.tolist())]
 
 @patch
 def similarity(self: WordVectors, a: str, b: str) -> float:
     "The cosine of two words, from -1 to 1."
     return float(self.direction(a) @ self.direction(b))
-
-@patch
-def _closest(self: WordVectors, to: Tensor, n: int, without: Iterable[str]) -> list[tuple[str, float]]:
-    cosines = self.unit @ (to / to.norm().clamp_min(1e-12))                         # (V,)
-    cosines[[self.index[word] for word in without]] = -math.inf
-    top = cosines.topk(min(n, len(self) - len(set(without))))
-    return [(self.words[i], value) for i, value in zip(top.indices.tolist(), top.values.tolist())]
 
 @patch
 def nearest(self: WordVectors, word: str, n: int = 10) -> list[tuple[str, float]]:
@@ -312,7 +326,7 @@ def train_word2vec(
             bar.update(int(100 * done) - bar.n)
     return WordVectors(vocab.words, w_in, w_out, _means(losses))
 
-# %% ../nbs/04_embeddings.ipynb #131801e5
+# %% ../nbs/04_embeddings.ipynb #3a7b02a7
 def weighted_squares(
     x: Tensor,      # (N, D)
     y: Tensor,      # (N, D)
@@ -329,7 +343,7 @@ class GloVeConfig:
     "How to train GloVe. The paper's x_max of 100 suits billions of words."
     dim: int = 100       # size of the vectors, D
     epochs: int = 10     # times to visit each cell that is not zero
-    lr: float = .1       # learning rate of AdaGrad
+    lr: float = .2       # learning rate of AdaGrad
     x_max: float = 10.   # count from which on a cell has full weight
     power: float = .75   # of the weight below that
     batch: int = 4096    # cells in a step
@@ -365,7 +379,7 @@ def glove(
             losses.append(float(loss) / len(n))
     return WordVectors(words, (tables[0] + tables[1])[:, :-2], losses=losses)
 
-# %% ../nbs/04_embeddings.ipynb #e7c1811c
+# %% ../nbs/04_embeddings.ipynb #b6e55e85
 def pair_ranks(
     vectors: WordVectors,           # words by falling frequency
     pairs: list[tuple[str, str]],   # words that belong together
@@ -375,10 +389,12 @@ def pair_ranks(
     rivals, ranks = min(rivals, len(vectors) - 2), []
     for pair in pairs:
         for word, partner in (pair, pair[::-1]):
-            cosines, here = vectors.unit @ vectors.direction(word), vectors._row(partner)              # (V,)
+            own, here = vectors._row(word), vectors._row(partner)
             first = min(max(here - rivals // 2, 0), len(vectors) - rivals - 2)
-            others = [i for i in range(first, first + rivals + 2) if i not in (here, vectors._row(word))][:rivals]
-            ranks.append(1 + float((cosines[others] > cosines[here]).sum()) + float((cosines[others] == cosines[here]).sum()) / 2)
+            cosines = vectors._cosines(vectors.direction(word), first, first + rivals + 2)
+            others = [i - first for i in range(first, first + rivals + 2) if i not in (here, own)][:rivals]
+            better, equal = ((cosines[others] > cosines[here - first]).sum(), (cosines[others] == cosines[here - first]).sum())
+            ranks.append(1 + float(better) + float(equal) / 2)
     ranks = torch.tensor(ranks, dtype=torch.float64).view(-1, 2)
     return ranks, 1 - (ranks - 1) / rivals
 

@@ -556,9 +556,9 @@ def _check_rivals(self: StoryGrammar, words: list[str]) -> None:
             if w in meant: raise AmbiguityError(f'the next word may be {w!r} for two reasons, {meant[w]} and {fact or "itself"}')
             meant[w] = fact or 'itself'
 
-# %% ../nbs/02c_grammar.ipynb #fc31150c
+# %% ../nbs/02c_grammar.ipynb #bb1c0107
 @patch
-def check_unambiguous(self: StoryGrammar) -> int: # how many words, at most, it takes until a choice is known
+def check_unambiguous(self: StoryGrammar) -> int: # how many words, at most, it takes until a choice is known; a blotted fact counts as one
     "Prove that every story can be told in one way only. Raises `AmbiguityError`, with an example, if it can not be proved."
     seen, todo, longest = set(), [(self.start, {})], 1
     while todo:
@@ -637,7 +637,7 @@ def entropy_gap(
     chance = min(1., (1 + total.ndim) * min(each, math.exp(min(0., excess + slack))))     # two tests at once: twice the chance
     return Gap(excess, float(optimum.sum()), excess / int(size.sum()), float(error), chance)
 
-# %% ../nbs/02c_grammar.ipynb #4da9db8d
+# %% ../nbs/02c_grammar.ipynb #57d8e7ae
 class BelowEntropyError(ValueError): "A loss that no honest model can have."
 
 def check_not_below(
@@ -648,6 +648,8 @@ def check_not_below(
     "The gap of a model. Raises `BelowEntropyError` if the model is so far below the optimum that an honest one would be so with a chance of less than `alpha`."
     gap = entropy_gap(nats, stories)
     if gap.chance < alpha:
-        raise BelowEntropyError(f'{gap.nats:+.1f} nats against the optimum on {len(stories)} stories: an honest model comes out like this with a chance of at most '
+        each = np.asarray(nats) + [s.log_prob for s in stories] if np.ndim(nats) else None
+        worst = '' if each is None else f' ({each.min():+.1f} on story {each.argmin()} alone)'
+        raise BelowEntropyError(f'{gap.nats:+.1f} nats against the optimum on {len(stories)} stories{worst}: an honest model comes out like this with a chance of at most '
             f'{gap.chance or 1e-300:.0e}. Look for held-out stories in the training data, a token that is not counted, or a mean over other units')
     return gap

@@ -7,7 +7,7 @@ __all__ = ['log', 'COMMANDS', 'corpus_key', 'StaleError', 'step', 'RunConfig', '
            'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'run', 'find_checkpoint', 'generate_command',
            'main']
 
-# %% ../nbs/26_pipeline.ipynb #be95f4d7
+# %% ../nbs/26_pipeline.ipynb #9bb191f7
 import dataclasses, hashlib, json, logging, os, shlex, shutil, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from .corpus import prepare_corpus   # with it come its sources
 from .core import Budget, DeviceError, Document, atomic_write, generator, pick_device, read_documents, tier
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text

@@ -195,7 +195,7 @@ def half_to_interleaved(
     "The way back from `interleaved_to_half`."
     return _by_head(weight, head_dim, 2, head_dim // 2)
 
-# %% ../nbs/04b_positions.ipynb #d029fb41
+# %% ../nbs/04b_positions.ipynb #3d148dd3
 def _stretch_ntk(inv: Tensor, factor: float) -> Tensor:
     if len(inv) < 2: raise ValueError('ntk needs a head_dim of at least 4: the only pair of a head of 2 cannot be both kept and slowed')
     return inv / factor ** (torch.arange(len(inv)).float() / (len(inv) - 1))
@@ -211,6 +211,7 @@ def _stretch_llama3(inv: Tensor, factor: float, trained_len: int, fast: float = 
     kept = ((turns - slow) / (fast - slow)).clamp(0, 1)                                      # 1: keep the speed, 0: divide it
     return inv / factor * (1 - kept) + inv * kept
 
+# %% ../nbs/04b_positions.ipynb #ec6a0afa
 def scale_rope(
     head_dim: int,               # size of a head, D; even
     factor: float,               # s: how many times longer the text is than the trained length

@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'make_optimizer', 'lr_at', 'accumulated_backward', 'Ev
            'BigramModel', 'read_log', 'RunLog', 'save_checkpoint', 'CheckpointError', 'verify_checkpoint', 'Checkpoint',
            'load_checkpoint', 'DivergedError', 'Trainer', 'list_checkpoints', 'ctrl_c_waits', 'plot_run']
 
-# %% ../nbs/10_pretraining.ipynb #7fc8f1e4
+# %% ../nbs/10_pretraining.ipynb #a5a0e671
 import dataclasses, json, math, os, pickle, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +27,7 @@ from .core import atomic_write, file_sha256, generator
 from .dataloading import Batches, TokenFile
 from .gpt import GPT, GPTConfig, count_params
 from .ngrams import NGramModel
+from .subwords import UnigramTokenizer, WordPieceTokenizer   # with them load_tokenizer reads all kinds
 from .tokenization import Tokenizer, load_tokenizer
 
 # %% ../nbs/10_pretraining.ipynb #d32c2518

@@ -7,7 +7,7 @@ __all__ = ['BERT_PATTERN', 'SPECIAL_TOKENS', 'SCORES', 'split_words', 'count_wor
            'learn_wordpieces', 'WordPieceTokenizer', 'seed_pieces', 'learn_unigram', 'UnigramTokenizer',
            'SentencePieceTokenizer', 'HFTokenizer', 'TokenView', 'show_tokens', 'TokenizerReport', 'tokenizer_report']
 
-# %% ../nbs/03b_subwords.ipynb #9f392f2e
+# %% ../nbs/03b_subwords.ipynb #264054a5
 import codecs, heapq, importlib, io, json, math, random, re, time
 from array import array
 from base64 import b64decode, b64encode
@@ -22,9 +22,9 @@ from fastcore.basics import patch
 from torch import Tensor
 from tqdm import tqdm
 
-from .core import PackagedFile, atomic_write, register_file
+from .core import PackagedFile, register_file
 from .tokenization import GPT2_PATTERN, Tokenizer, count_pieces, register_tokenizer, split_text
-from .tokenization import _PieceCache, _checked, _cut, _pieces, _special_list, _split_step, _surrogate_error
+from .tokenization import _PieceCache, _checked, _cut, _pieces, _special_list, _split_step
 
 # %% ../nbs/03b_subwords.ipynb #be278665
 BERT_PATTERN = r'[^\s\p{P}$+<=>^`|~]+|[\p{P}$+<=>^`|~]'   # a run of anything else, or one punctuation mark

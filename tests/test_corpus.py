@@ -12,7 +12,7 @@ import unicodedata
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from llm_course import corpus
@@ -31,6 +31,9 @@ markup = st.lists(st.sampled_from(['<', '>', 'a', 'p', '/', '"', "'", ' ', '!--'
 
 @settings(max_examples=600, deadline=None)
 @given(texts, st.sampled_from(['NFC', 'NFKC']), st.booleans(), st.booleans(), st.booleans())
+@example('a' + '\u0344' * 9, 'NFC', False, True, True)                # each of these marks becomes two
+@example('J\u030c', 'NFC', True, True, True)                         # composes only as a small letter
+@example('e\u200b\u0301', 'NFC', False, True, True)                  # composes only without what stands between
 def test_normalising_twice_is_normalising_once(text, form, lower, punctuation, squeeze):
     once = normalise(text, form, lower, punctuation, squeeze)
     assert normalise(once, form, lower, punctuation, squeeze) == once
@@ -51,7 +54,8 @@ def test_decoders_take_anything_and_invent_nothing(text):
     assert set(strip_wiki(text)) <= set(text) | set('&<\ufffd')
 
 @many
-@given(st.lists(st.tuples(st.booleans(), st.text(alphabet='ab <&>"\'', max_size=8))))
+@example([(False, '&lt;'), (True, '<b>')])
+@given(st.lists(st.tuples(st.booleans(), st.text(alphabet='ab <&>"\';lt', max_size=8))))
 def test_html_gives_back_the_text_that_was_escaped(parts):
     import html
     page = ''.join(f'<b title="a > b">{html.escape(t)}</b>' if tag else html.escape(t) for tag, t in parts)
@@ -119,10 +123,10 @@ def test_time_is_linear(fn):
     def cpu(text): start = time.process_time(); fn(text); return time.process_time() - start
     for unit in REPEATED:
         if '\ud800' in unit and fn not in (normalise,): continue
-        n = 50_000 // len(unit)
+        n = 10_000 // len(unit)
         if (small := cpu(unit * n)) > .02:                            # what is quick need not be timed twice
             assert cpu(unit * 4 * n) < 10 * small, f'{fn.__name__} on {unit!r}: four times the text takes more than ten times as long'
-        assert small < 1, f'{fn.__name__} takes {small:.1f} s for 50 kB of {unit!r}'
+        assert (large := cpu(unit * 8 * n)) < 2, f'{fn.__name__} takes {large:.1f} s for 80 kB of {unit!r}'
 
 def test_a_line_of_50_megabytes(tmp_path):
     line = json.dumps({'name': 'huge', 'text': '<p>' + 'The lamp is lit and all is well. ' * 1_500_000})
@@ -149,16 +153,20 @@ def test_any_bytes_are_read_or_refused(tmp_path_factory, raw):
             try: assert all(isinstance(d, Document) for d in read_stream(path.parent/name, errors))
             except ValueError as e: assert name in str(e)
 
+def no_zeros(text): return text.replace('0', '')
+
 @many
+@example([('a', '0'), ('b', 'text'), ('c', '')])
 @given(st.lists(st.tuples(st.text(max_size=5), st.text(alphabet=st.characters(exclude_categories=['Cs'])))))
 def test_what_is_written_is_read_and_the_ledger_adds_up(tmp_path_factory, pairs):
     path, docs = tmp_path_factory.getbasetemp()/'round.jsonl', [Document(*p) for p in pairs]
     path.unlink(missing_ok=True)
-    kept = [d for d in docs if d.text.strip()]
-    try: sheet = prepare_corpus(docs, [Rewrite('same', str)], path)
+    kept = [d._replace(text=d.text.replace('0', '')) for d in docs if d.text.replace('0', '').strip()]
+    try: sheet = prepare_corpus(docs, [Rewrite('no zeros', no_zeros)], path)
     except ValueError as e: assert not kept and 'no document is left' in str(e) and not path.exists() or 'surrogate' in str(e); return
     assert list(read_stream(path)) == kept and Datasheet.load(path) == sheet
     for c in sheet.steps: assert c.docs_in == c.docs_out + sum(c.removed.values())
+    for a, b in zip(sheet.steps, sheet.steps[1:]): assert (a.docs_out, a.chars_out) == (b.docs_in, b.chars_in)
     assert sheet.steps[0].docs_in == len(docs) and sheet.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
 
 class Seen:
@@ -174,7 +182,7 @@ def boom(text): raise KeyError('lamp')
 def dies(text): os.kill(os.getpid(), signal.SIGKILL)
 
 def test_processes_give_the_same_bytes_and_memory_stays_in_one(tmp_path):
-    docs = [Document(str(i), f'{d.text} {i // 2}') for i in range(8) for d in read_documents('tiny')] + [Document('blank', '')]
+    docs = [Document(str(i), f'{d.text * 8} {i % 4}') for i in range(8) for d in read_documents('tiny')] + [Document('blank', '')]
     steps = lambda: [Rewrite('unicode', normalise), Filter('length', length_problem), Seen(), Rewrite('pii', mask_pii)]
     one, two = (prepare_corpus(docs, steps(), tmp_path/f'{n}.jsonl', num_proc=n) for n in (1, 2))
     assert one == two and (tmp_path/'1.jsonl').read_bytes() == (tmp_path/'2.jsonl').read_bytes()

@@ -238,9 +238,17 @@ def gpt_nats(model, stories):
     nats = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction='none').view(len(rows), -1).double()
     return nats.masked_fill(torch.arange(ids.shape[1] - 1) >= (lengths - 1)[:, None], 0.).sum(1).numpy()
 
+@pytest.fixture
+def one_thread():
+    "A model this small is slower with two."
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
 def small_gpt(): return GPT(GPTConfig(vocab_size=BPE.vocab_size, max_seq_len=256, n_layer=2, n_head=4, d_model=64, activation='relu2', qk_norm=True))
 
-def test_a_small_gpt_learns_and_never_goes_below_the_floor(tmp_path):
+def test_a_small_gpt_learns_and_never_goes_below_the_floor(tmp_path, one_thread):
     held_out = list(MEDIUM.stories(40, seed=999))
     marker = [[BPE.special_tokens[END]]]                                   # so that the first word of the first story counts as well
     train = write_tokens(tmp_path/'train.bin', encode_documents(MEDIUM.documents(300, seed=0), BPE), BPE)
@@ -257,7 +265,7 @@ def test_a_small_gpt_learns_and_never_goes_below_the_floor(tmp_path):
     assert 0 < each.per_byte and 0 < gap.per_byte < .6, (gap, each)
     assert losses[-1] < .6 * losses[0] and abs(each.per_byte - gap.per_byte) < .2               # windows cut at 128 tokens cost a little
 
-def test_a_gpt_that_learned_the_held_out_stories_by_heart_is_caught():
+def test_a_gpt_that_learned_the_held_out_stories_by_heart_is_caught(one_thread):
     held_out, model = list(MEDIUM.stories(4, seed=999)), small_gpt()
     end = BPE.special_tokens[END]
     ids = torch.nn.utils.rnn.pad_sequence([torch.tensor([end, *BPE.encode(s.text), end]) for s in held_out], batch_first=True, padding_value=end)

@@ -118,7 +118,7 @@ def test_half_a_surrogate_pair(tokenizer, oracle):
 def test_sentencepiece_skips_no_long_line():
     "The library itself leaves out a line of more than 4,192 bytes, and says nothing."
     text = 'the cat sat on the mat. ' * 400
-    assert SentencePieceTokenizer.train([text, 'x'], 290).encode('the cat')[-1] > 259
+    assert SentencePieceTokenizer.train([text, 'x'], 272).vocab_size == 272
 
 
 # ---- training, against the definition
