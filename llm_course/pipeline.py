@@ -78,11 +78,11 @@ def _read_steps(folder: Path) -> dict:
 def _write_steps(folder: Path, steps: dict) -> None:
     with atomic_write(folder/'steps.json', 'w') as f: json.dump(steps, f, indent=1)
 
-# %% ../nbs/26_pipeline.ipynb #3b47ed26
+# %% ../nbs/26_pipeline.ipynb #5b88c82a
 @dataclass(frozen=True)
 class RunConfig:
     "Everything that a run depends on."
-    data: str = 'shakespeare'      # a known corpus (tiny, shakespeare), a text file, or a folder of them
+    data: str = 'shakespeare'      # a known corpus such as tiny or shakespeare, a text file, or a folder of them
     name: str|None = None          # folder of the run under `out`; default: the name of the data
     out: str = 'runs'              # where runs are kept
     val_fraction: float = .05      # share of the documents that are held out
