@@ -412,13 +412,13 @@ def bootstrap_interval(
     low, high = means.quantile(torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)).tolist()
     return values.mean().item(), low, high
 
-# %% ../nbs/04_embeddings.ipynb #970f9087
+# %% ../nbs/04_embeddings.ipynb #e4d90a1f
 def without_pairs(
     sentences: Iterable[list[str]],     # words of each sentence
     pairs: Iterable[tuple[str, str]]    # words that must not meet
 ) -> list[list[str]]:
     "The sentences in which no pair stands together: what is left is silent about the pairs."
     partners: dict[str, set[str]] = {}
-    for a, b in pairs: partners.setdefault(a, set()).add(b); partners.setdefault(b, set()).add(a)
+    for a, b in pairs: partners.setdefault(a, set()).add(b)
     def meets(words: list[str]) -> bool: return any(not partners[w].isdisjoint(words) for w in words if w in partners)
     return [words for words in sentences if not meets(words)]

@@ -202,7 +202,7 @@ def _stretch_ntk(inv: Tensor, factor: float) -> Tensor:
 
 def _stretch_yarn(inv: Tensor, factor: float, trained_len: int, theta: float, fast: float = 32, slow: float = 1) -> Tensor:
     def pair_with(turns: float) -> float: return len(inv) * math.log(trained_len / (turns * 2 * math.pi)) / math.log(theta)
-    low, high = max(math.floor(pair_with(fast)), 0), min(math.ceil(pair_with(slow)), 2 * len(inv) - 1)
+    low, high = max(math.floor(pair_with(fast)), 0), min(math.ceil(pair_with(slow)), 2 * len(inv) - 1)   # the authors' bound: D - 1
     slowed = ((torch.arange(len(inv)) - low) / max(high - low, 1e-3)).clamp(0, 1)            # 0: keep the speed, 1: divide it
     return inv / factor * slowed + inv * (1 - slowed)
 

@@ -10,7 +10,20 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.embeddings import Vocab, Word2VecConfig, WordVectors, bootstrap_interval, cooccurrence, pair_ranks, ppmi, sentences, train_word2vec, without_pairs
+from llm_course.embeddings import (
+    GloVeConfig,
+    Vocab,
+    Word2VecConfig,
+    WordVectors,
+    bootstrap_interval,
+    cooccurrence,
+    glove,
+    pair_ranks,
+    ppmi,
+    sentences,
+    train_word2vec,
+    without_pairs,
+)
 
 WORDS = st.sampled_from(['a', 'b', 'c', 'd', 'e'])
 TEXTS = st.lists(st.lists(WORDS, min_size=2, max_size=7), min_size=1, max_size=6)
@@ -56,6 +69,26 @@ def test_ranks_equal_a_sort(seed):
 def test_ppmi_of_independent_words_is_empty():
     counts = torch.outer(torch.tensor([1., 2, 3]), torch.tensor([1., 2, 3])).to_sparse().coalesce()
     assert ppmi(counts, context_power=1, shift=1.001).values().numel() == 0
+
+def test_glove_is_the_equation_with_biases_and_adagrad_by_row():
+    c = GloVeConfig(dim=2, epochs=3, batch=100, x_max=3.)
+    counts = torch.tensor([[0., 4, 1], [4, 0, 2], [1, 2, 0]]).to_sparse().coalesce()
+    (row, column), n = counts.indices(), counts.values()
+    g = torch.Generator().manual_seed(c.seed)
+    x, y = ((torch.rand(3, c.dim + 2, generator=g) - .5) / c.dim for _ in range(2))
+    parts = [x[:, :2].clone(), x[:, 2].clone(), y[:, :2].clone(), y[:, 3].clone()]          # vectors and biases, twice
+    spent = [torch.full((3,), .1) for _ in range(2)]
+    for _ in range(c.epochs):
+        w, b, v, d = parts = [p.detach().requires_grad_() for p in parts]
+        error = (w[row] * v[column]).sum(1) + b[row] + d[column] - n.log()
+        ((n / c.x_max).clamp(max=1) ** c.power * error ** 2).sum().backward()
+        slope = 2 * (n / c.x_max).clamp(max=1) ** c.power * error.detach()                     # of each cell
+        for s, where, other in zip(spent, (row, column), (v[column], w[row])):
+            cells = torch.cat((other.detach(), torch.ones(len(n), 1)), 1) * slope[:, None]
+            s.index_add_(0, where, cells.square().sum(1) / (c.dim + 2))
+        rates = [c.lr / s.sqrt() for s in spent]
+        parts = [p.detach() - rates[i // 2].view(-1, *[1] * (p.dim() - 1)) * p.grad for i, p in enumerate(parts)]
+    torch.testing.assert_close(glove(counts, ['a', 'b', 'c'], c).vectors, parts[0] + parts[2])
 
 def test_a_bootstrap_is_repeatable_and_as_wide_as_the_normal_interval():
     values = torch.randn(400, generator=torch.Generator().manual_seed(0))
