@@ -246,7 +246,7 @@ def keep_probability(
     ratio = sample * counts.sum().double() / counts                 # t / f
     return (ratio.sqrt() + ratio).clamp(max=1)
 
-# %% ../nbs/04_embeddings.ipynb #a4c481d1
+# %% ../nbs/04_embeddings.ipynb #fee04cc6
 @dataclass(frozen=True)
 class Word2VecConfig:
     "How to train: skip-gram, or CBOW if `cbow` is set, both with negative sampling (Mikolov et al. 2013a, 2013b)."
@@ -265,13 +265,13 @@ class Word2VecConfig:
         for f in fields(self):
             if f.name not in ('cbow', 'seed', 'noise_power') and not getattr(self, f.name) > 0: raise ValueError(f'{f.name} is {getattr(self, f.name)}: it must be above 0')
 
-def _means(sums: list[tuple[Tensor, Tensor]], n: int = 100) -> list[float]:
+def _means(sums: list[tuple[float, float]], n: int = 100) -> list[float]:
     "At most `n` means of a loss, from sums and counts of consecutive batches."
-    losses, counts = (torch.stack(t).double() for t in zip(*sums))
+    losses, counts = (torch.tensor(t, dtype=torch.float64) for t in zip(*sums))
     size = math.ceil(len(sums) / n)
     return [float(l.sum() / c.sum().clamp_min(1)) for l, c in zip(losses.split(size), counts.split(size))]
 
-# %% ../nbs/04_embeddings.ipynb #ffe08825
+# %% ../nbs/04_embeddings.ipynb #18f5154f
 def _windows(stream: WordStream, at: Tensor, reach: int) -> tuple[Tensor, Tensor]:
     "The neighbours of the words at positions `at`, (B, 2 reach), and which of them stand in the same sentence."
     place = at[:, None] + torch.cat((torch.arange(-reach, 0), torch.arange(1, reach + 1)))          # (B, C)
@@ -279,8 +279,8 @@ def _windows(stream: WordStream, at: Tensor, reach: int) -> tuple[Tensor, Tensor
     place = place.clamp(0, len(stream.ids) - 1)
     return stream.ids[place], inside & (stream.sentence[place] == stream.sentence[at][:, None])
 
-def _descend(w_in: Tensor, w_out: Tensor, context: Tensor, mask: Tensor, outputs: Tensor, lr: float, cbow: bool) -> tuple[Tensor, Tensor]:
-    "One step of gradient descent in place; the summed loss and the number of predictions."
+def _descend(w_in: Tensor, w_out: Tensor, context: Tensor, mask: Tensor, outputs: Tensor, lr: float, cbow: bool) -> tuple[float, float]:
+    "One step of gradient descent in place; the summed loss and the number of predictions, as plain numbers: a kept tensor would pin memory."
     (B, C), D = context.shape, w_in.shape[1]
     x = w_in.index_select(0, context.view(-1)).view(B, C, D)
     y = w_out.index_select(0, outputs.view(-1)).view(B, -1, D)                                       # (B, 1 + k, D)
@@ -294,7 +294,7 @@ def _descend(w_in: Tensor, w_out: Tensor, context: Tensor, mask: Tensor, outputs
     else: loss, dx, dy = negative_sampling(x, y, ok & mask[:, :, None])
     w_in.index_add_(0, context.view(-1), dx.view(-1, D), alpha=-lr)
     w_out.index_add_(0, outputs.view(-1), dy.view(-1, D), alpha=-lr)
-    return loss, mask.sum()
+    return float(loss), float(mask.sum())
 
 # %% ../nbs/04_embeddings.ipynb #2298d6ea
 def _batches(stream: WordStream, vocab: Vocab, c: Word2VecConfig, g: torch.Generator) -> Iterator[tuple[float, Tensor, Tensor, Tensor]]:
@@ -353,7 +353,7 @@ class GloVeConfig:
         for f in fields(self):
             if f.name != 'seed' and not getattr(self, f.name) > 0: raise ValueError(f'{f.name} is {getattr(self, f.name)}: it must be above 0')
 
-# %% ../nbs/04_embeddings.ipynb #2ddbb976
+# %% ../nbs/04_embeddings.ipynb #430e3929
 def glove(
     counts: Tensor,                      # (V, V), sparse COO, from `cooccurrence`
     words: list[str],                    # V words
@@ -372,11 +372,11 @@ def glove(
             for cells in torch.randperm(len(n), generator=g).split(c.batch):
                 ids = row[cells], column[cells]
                 cost, dx, dy = weighted_squares(*(t.index_select(0, i) for t, i in zip(tables, ids)), target[cells], weight[cells])
-                dx[:, -1], dy[:, -2], loss = 0, 0, loss + cost                                     # the constants stay
+                dx[:, -1], dy[:, -2], loss = 0, 0, loss + float(cost)                              # the constants stay
                 for table, s, i, d in zip(tables, spent, ids, (dx, dy)):
                     s.index_add_(0, i, d.square().mean(1))
                     table.index_add_(0, i, d / s[i].sqrt()[:, None], alpha=-c.lr)
-            losses.append(float(loss) / len(n))
+            losses.append(loss / len(n))
     return WordVectors(words, (tables[0] + tables[1])[:, :-2], losses=losses)
 
 # %% ../nbs/04_embeddings.ipynb #b6e55e85
