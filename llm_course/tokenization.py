@@ -623,13 +623,13 @@ def register_tokenizer(
     "Teach `load_tokenizer` another kind of tokenizer. A kind that is registered again is replaced."
     TOKENIZER_KINDS[kind] = from_dict
 
-# %% ../nbs/03_tokenization.ipynb #6a1626ed
+# %% ../nbs/03_tokenization.ipynb #b0dd0616
 def _from_dict(data: Any, missing_bytes: str) -> Tokenizer:
     if not isinstance(data, dict): raise ValueError('it does not hold a JSON object')
     stored = data['model'] if isinstance(data.get('model'), dict) else data
     kind = data.get('format') or stored.get('type')
     if kind is None: raise ValueError('it is neither a tokenizer.json nor a tokenizer of this course')
-    if kind not in TOKENIZER_KINDS: raise ValueError(f'it is of the kind {kind!r}, and known kinds are {sorted(TOKENIZER_KINDS)}; import llm_course.subwords for more')
+    if kind not in TOKENIZER_KINDS: raise ValueError(f'it is of the kind {kind!r}, and known kinds are {sorted(TOKENIZER_KINDS)}; page 03b, the module subwords, adds more when it is imported')
     tokenizer = TOKENIZER_KINDS[kind](data, **({'missing_bytes': missing_bytes} if kind == 'BPE' else {}))
     if stored.get('fingerprint', tokenizer.fingerprint) != tokenizer.fingerprint: raise ValueError('it was changed after it was saved')
     return tokenizer
