@@ -197,7 +197,7 @@ def lsh_bands(
     k: int = 128,        # numbers of a signature
     recall: float = .99  # least probability that a pair exactly at the threshold is found
 ) -> tuple[int, int]: # bands b, numbers in a band r, with b * r <= k
-    "The largest r with 1 - (1 - threshold**r)**b >= recall. Raises `ValueError` if even single numbers miss too many."
+    "The largest r with `1 - (1 - threshold**r)**b >= recall`. Raises `ValueError` if even single numbers miss too many."
     if not 0 < threshold <= 1: raise ValueError(f'threshold {threshold} is not in (0, 1]: 1 finds equal sets, 0.8 is usual')
     if not 0 < recall < 1: raise ValueError(f'recall {recall} is not between 0 and 1: try 0.99')
     good = [r for r in range(1, k + 1) if 1 - (1 - threshold**r)**(k // r) >= recall]
