@@ -19,19 +19,23 @@ from .attention import KVCache, MultiHeadAttention, RMSNorm
 from .core import generator
 from .positions import rope_frequencies
 
-# %% ../nbs/06_gpt.ipynb #dd6e336a
+# %% ../nbs/06_gpt.ipynb #c139832e
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], bool]] = { # name -> (function, whether it gates)
-    'relu2':     (lambda x: F.relu(x).square(), False),
-    'gelu':      (F.gelu, False),
-    'gelu_tanh': (lambda x: F.gelu(x, approximate='tanh'), False),
-    'swiglu':    (F.silu, True),
-    'geglu':     (F.gelu, True)}
+    'relu':       (F.relu, False),
+    'relu2':      (lambda x: F.relu(x).square(), False),
+    'silu':       (F.silu, False),
+    'gelu':       (F.gelu, False),
+    'gelu_tanh':  (lambda x: F.gelu(x, approximate='tanh'), False),
+    'swiglu':     (F.silu, True),
+    'geglu':      (F.gelu, True),
+    'geglu_tanh': (lambda x: F.gelu(x, approximate='tanh'), True)}
 
-# %% ../nbs/06_gpt.ipynb #0b4b732d
+# %% ../nbs/06_gpt.ipynb #58778860
 class MLP(nn.Module):
     "Position-wise feed-forward layer, plain or gated (Vaswani et al., 2017, section 3.3; Shazeer, 2020). (…, d_model) in and out."
     def __init__(self, d_model: int, d_ff: int, activation: str = 'swiglu', bias: bool = False):
         super().__init__()
+        if activation not in ACTIVATIONS: raise ValueError(f'activation={activation!r} is unknown: choose one of {", ".join(ACTIVATIONS)}')
         self.act, gated = ACTIVATIONS[activation]
         self.up_proj = nn.Linear(d_model, d_ff, bias=bias)
         self.gate_proj = nn.Linear(d_model, d_ff, bias=bias) if gated else None
@@ -42,7 +46,7 @@ class MLP(nn.Module):
         h = self.act(up) if self.gate_proj is None else self.act(self.gate_proj(x)) * up
         return self.down_proj(h)                                              # (..., d_model)
 
-# %% ../nbs/06_gpt.ipynb #d993bdb3
+# %% ../nbs/06_gpt.ipynb #cee81d77
 @dataclass(frozen=True)
 class GPTConfig:
     "Shape and flavour of a `GPT`. Validated on construction; `None` means the usual value, filled in at once."
@@ -61,6 +65,14 @@ class GPTConfig:
     rope_theta: float = 10_000.
     qk_norm: bool = False           # RMSNorm on queries and keys
     bias: bool = False              # in linear layers and LayerNorm
+    qkv_bias: bool|None = None      # in the projections of queries, keys and values; default `bias`
+    window: int|None = None         # how many positions each sees, itself included; default all up to itself
+    global_every: int|None = None   # with a window: every n-th layer sees everything
+    attn_softcap: float|None = None # scores s of attention become c tanh(s / c)
+    logit_softcap: float|None = None # and so do the logits
+    attn_scale: float|None = None   # factor on the scores; default 1 / sqrt(head_dim)
+    scale_embeddings: bool = False  # multiply embeddings by sqrt(d_model)
+    norm_position: str = 'pre'      # 'pre': x + f(norm(x)); 'post': norm(x + f(x)); 'sandwich': x + norm(f(norm(x)))
     tie_embeddings: bool = True
     dropout: float = 0.
     init_std: float|None = None     # of the initial weights; default 1 / sqrt(d_model)
@@ -68,7 +80,7 @@ class GPTConfig:
 
     def __post_init__(self): self._fill_and_validate()
 
-# %% ../nbs/06_gpt.ipynb #33d7ed13
+# %% ../nbs/06_gpt.ipynb #a95e63ad
 def _check(ok: bool, message: str) -> None:
     if not ok: raise ValueError(message)
 
@@ -88,7 +100,7 @@ def _fill_and_validate(self: GPTConfig) -> None:
         if getattr(self, name) is None: object.__setattr__(self, name, value)
     _check(self.head_dim is not None or self.d_model % self.n_head == 0,
            f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
-    default('n_kv_head', self.n_head); default('head_dim', self.d_model // self.n_head)
+    default('n_kv_head', self.n_head); default('head_dim', self.d_model // self.n_head); default('qkv_bias', self.bias)
     _check(0 < self.n_kv_head <= self.n_head and self.n_head % self.n_kv_head == 0,
            f'n_kv_head={self.n_kv_head} does not divide n_head={self.n_head}: each key head serves the same number of query heads')
     _one_of('activation', self.activation, list(ACTIVATIONS))
@@ -98,8 +110,18 @@ def _fill_and_validate(self: GPTConfig) -> None:
     _one_of('norm', self.norm, ['layernorm', 'rmsnorm']); _one_of('position', self.position, ['learned', 'rope'])
     _one_of('residual_init', self.residual_init, ['scaled', 'zero'])
     _check(self.position != 'rope' or self.head_dim % 2 == 0, f'head_dim={self.head_dim} is odd: RoPE turns pairs, choose an even one')
+    self._validate_variants()
     _check(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
     _check(self.d_ff > 0 and self.norm_eps > 0 and self.init_std > 0, f'd_ff={self.d_ff}, norm_eps={self.norm_eps}, init_std={self.init_std}: must be positive')
+
+@patch
+def _validate_variants(self: GPTConfig) -> None:
+    _one_of('norm_position', self.norm_position, ['pre', 'post', 'sandwich'])
+    for name in ('attn_softcap', 'logit_softcap', 'attn_scale'):
+        value = getattr(self, name)
+        _check(value is None or value > 0, f'{name}={value}: must be positive, or None')
+    _check(self.global_every is None or self.window is not None, f'global_every={self.global_every} without a window: every layer sees everything already')
+    _check(self.attn_softcap is None or self.dropout == 0, f'attn_softcap={self.attn_softcap} with dropout={self.dropout}: set one of them to its default')
 
 # %% ../nbs/06_gpt.ipynb #54d8b9b3
 _GPT2 = dict(vocab_size=50257, max_seq_len=1024, norm='layernorm', activation='gelu_tanh', position='learned', bias=True, init_std=.02)
@@ -133,7 +155,7 @@ def to_dict(self: GPTConfig) -> dict:
     "Every field and its value, ready for JSON."
     return dataclasses.asdict(self)
 
-# %% ../nbs/06_gpt.ipynb #5d43d1e3
+# %% ../nbs/06_gpt.ipynb #f26a66dc
 def make_norm(
     config: GPTConfig # says which norm, its epsilon, and whether LayerNorm has a bias
 ) -> nn.Module: # maps (..., d_model) to the same shape
@@ -142,21 +164,28 @@ def make_norm(
     return nn.LayerNorm(config.d_model, eps=config.norm_eps, bias=config.bias)
 
 class Block(nn.Module):
-    "One pre-norm transformer block (Radford et al., 2019): x + attention(norm(x)), then x + mlp(norm(x)). (B, T, d_model) in and out."
+    "One transformer block, pre-norm (Radford et al., 2019) or as `norm_position` says. (B, T, d_model) in and out."
     def __init__(self, config: GPTConfig, layer: int): # layer: index, under which a cache files the keys of this block
         super().__init__()
         c = config
-        self.norm1, self.norm2 = make_norm(c), make_norm(c)
-        self.attn = MultiHeadAttention(c.d_model, c.n_head, c.n_kv_head, head_dim=c.head_dim, bias=c.bias, qk_norm=c.qk_norm,
-                                       norm_eps=c.norm_eps, dropout=c.dropout, layer=layer)
+        self.norm1, self.norm2, self.post = make_norm(c), make_norm(c), c.norm_position == 'post'
+        self.out_norm1, self.out_norm2 = (make_norm(c) if c.norm_position == 'sandwich' else nn.Identity() for _ in range(2))
+        window = None if c.global_every and (layer + 1) % c.global_every == 0 else c.window
+        self.attn = MultiHeadAttention(c.d_model, c.n_head, c.n_kv_head, head_dim=c.head_dim, bias=c.bias, qk_norm=c.qk_norm, norm_eps=c.norm_eps,
+                                       dropout=c.dropout, layer=layer, qkv_bias=c.qkv_bias, window=window, softcap=c.attn_softcap, scale=c.attn_scale)
         self.mlp = MLP(c.d_model, c.d_ff, c.activation, c.bias)
         self.dropout = nn.Dropout(c.dropout)
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]|None = None, mask: Tensor|None = None, cache: KVCache|None = None) -> Tensor:
-        x = x + self.dropout(self.attn(self.norm1(x), rope=rope, mask=mask, cache=cache))
-        return x + self.dropout(self.mlp(self.norm2(x)))
+        if self.post: return self._post(x, rope, mask, cache)
+        x = x + self.dropout(self.out_norm1(self.attn(self.norm1(x), rope=rope, mask=mask, cache=cache)))
+        return x + self.dropout(self.out_norm2(self.mlp(self.norm2(x))))
 
-# %% ../nbs/06_gpt.ipynb #f4b1bad8
+    def _post(self, x: Tensor, rope: tuple[Tensor, Tensor]|None, mask: Tensor|None, cache: KVCache|None) -> Tensor:
+        x = self.norm1(x + self.dropout(self.attn(x, rope=rope, mask=mask, cache=cache)))
+        return self.norm2(x + self.dropout(self.mlp(x)))
+
+# %% ../nbs/06_gpt.ipynb #4e6967c0
 class GPT(nn.Module):
     "A decoder-only transformer of the GPT-2 or the Llama family. `seed` fixes the initial weights without touching shared random state."
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -166,9 +195,9 @@ class GPT(nn.Module):
             self.embed = nn.Embedding(c.vocab_size, c.d_model)
             self.pos_embed = nn.Embedding(c.max_seq_len, c.d_model) if c.position == 'learned' else None
             self.blocks = nn.ModuleList(Block(c, layer) for layer in range(c.n_layer))
-            self.norm = make_norm(c)
+            self.norm = nn.Identity() if c.norm_position == 'post' else make_norm(c)   # 'post': the last block has normalised already
             self.head = nn.Linear(c.d_model, c.vocab_size, bias=False)
-        self.dropout = nn.Dropout(c.dropout)
+        self.dropout, self.embed_scale = nn.Dropout(c.dropout), c.d_model**.5 if c.scale_embeddings else 1.
         if c.tie_embeddings: self.head.weight = self.embed.weight   # one tensor, two names
         if c.position == 'rope':
             cos, sin = rope_frequencies(c.head_dim, c.max_seq_len, c.rope_theta)
@@ -185,25 +214,45 @@ class GPT(nn.Module):
             bad = ids[(ids < 0) | (ids >= c.vocab_size)][0].item()
             raise ValueError(f'id {bad} is not in the vocabulary [0, {c.vocab_size}): do the tokenizer and the model belong together?')
 
-# %% ../nbs/06_gpt.ipynb #0be535af
+# %% ../nbs/06_gpt.ipynb #f6f1fce9
 @patch
-def hidden(self: GPT, ids: Tensor, mask: Tensor|None = None, cache: KVCache|None = None) -> Tensor:
-    """Final hidden states after the last norm: ids (B, T) int64 -> (B, T, d_model). `mask` replaces the causal one (see `MultiHeadAttention`).
-    Raises `ValueError` for ids outside the vocabulary (checked on the CPU only) or more than `max_seq_len` positions."""
+def _positions(self: GPT, positions: Tensor|None, start: int, T: int) -> slice|Tensor:
+    "What to look up in the tables of positions: by default the next T after `start`."
+    if positions is None: return slice(start, start + T)
+    limit = self.config.max_seq_len
+    _check(positions.dtype == torch.int64 and positions.dim() in (1, 2) and positions.shape[-1] == T,
+           f'positions must be int64 of shape ({T},) or (B, {T}), got {positions.dtype} of shape {tuple(positions.shape)}')
+    _check(positions.device.type != 'cpu' or bool(((positions >= 0) & (positions < limit)).all()),
+           f'positions from {positions.min()} to {positions.max()} are not all in [0, {limit}), the range of max_seq_len')
+    return positions
+
+@patch
+def hidden(self: GPT, ids: Tensor, mask: Tensor|None = None, cache: KVCache|None = None, positions: Tensor|None = None) -> Tensor:
+    """Final hidden states after the last norm: ids (B, T) int64 -> (B, T, d_model). `mask` replaces the causal one (see `MultiHeadAttention`);
+    `positions`, int64 (T,) or (B, T), replace 0, 1, 2, ... Raises `ValueError` for ids outside the vocabulary (checked on the CPU only)
+    or more than `max_seq_len` positions."""
     start, T = (cache.length if cache is not None else 0), ids.shape[-1]
     self._check_ids(ids, start)
-    x, rope = self.embed(ids), None                                           # (B, T, C)
-    if self.pos_embed is not None: x = x + self.pos_embed.weight[start:start + T]
-    else: rope = self.rope_cos[start:start + T], self.rope_sin[start:start + T]
+    x, rope, where = self.embed(ids), None, self._positions(positions, start, T) # (B, T, C)
+    if self.embed_scale != 1: x = x * self.embed_scale
+    if self.pos_embed is not None: x = x + self.pos_embed.weight[where]
+    else: rope = tuple(t[where] if positions is None or positions.dim() == 1 else t[where][:, None] for t in (self.rope_cos, self.rope_sin))
     x = self.dropout(x)
     for block in self.blocks: x = block(x, rope=rope, mask=mask, cache=cache)
     return self.norm(x)
 
+# %% ../nbs/06_gpt.ipynb #787a524b
 @patch
-def forward(self: GPT, ids: Tensor, targets: Tensor|None = None, cache: KVCache|None = None) -> tuple[Tensor, Tensor|None]:
+def logits(self: GPT, hidden: Tensor) -> Tensor:
+    "Scores of the next token, (..., d_model) -> (..., vocab_size): the head, and the soft cap if the family has one."
+    scores, cap = self.head(hidden), self.config.logit_softcap
+    return scores if cap is None else cap * (scores / cap).tanh()
+
+@patch
+def forward(self: GPT, ids: Tensor, targets: Tensor|None = None, cache: KVCache|None = None, mask: Tensor|None = None, positions: Tensor|None = None) -> tuple[Tensor, Tensor|None]:
     """Logits (B, T, vocab_size) and, with `targets` (B, T) int64, the mean cross-entropy in nats a token.
-    Targets of -100 do not count."""
-    logits = self.head(self.hidden(ids, cache=cache))                         # (B, T, V)
+    Targets of -100 do not count. `mask`, `positions` and `cache` as for `hidden`."""
+    logits = self.logits(self.hidden(ids, mask, cache, positions))            # (B, T, V)
     if targets is None: return logits, None
     _check(targets.shape == ids.shape, f'targets of shape {tuple(targets.shape)} do not fit ids of shape {tuple(ids.shape)}')
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
@@ -221,7 +270,7 @@ def init_weights(self: GPT, seed: int) -> None:
         if p.dim() == 2: p.data.normal_(0, std if writes else c.init_std, generator=g)
         else: p.data.fill_(0. if name.endswith('bias') else 1.)
 
-# %% ../nbs/06_gpt.ipynb #f75976f1
+# %% ../nbs/06_gpt.ipynb #d36e66e1
 def count_params(
     config: GPTConfig # any valid configuration
 ) -> dict[str, int]: # parameters by part; the sum is the total, tied weights counted once
@@ -229,11 +278,12 @@ def count_params(
     c, b = config, int(config.bias)
     q, kv, matrices = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, 3 if ACTIVATIONS[c.activation][1] else 2
     norm = c.d_model * (1 + (c.norm == 'layernorm' and c.bias))
+    norms = {'pre': 2 * c.n_layer + 1, 'post': 2 * c.n_layer, 'sandwich': 4 * c.n_layer + 1}[c.norm_position]
     return {'embedding': c.vocab_size * c.d_model,
             'positions': c.max_seq_len * c.d_model if c.position == 'learned' else 0,
-            'attention': c.n_layer * (2 * c.d_model * (q + kv) + b * (q + 2 * kv + c.d_model) + 2 * c.head_dim * c.qk_norm),
+            'attention': c.n_layer * (2 * c.d_model * (q + kv) + c.qkv_bias * (q + 2 * kv) + b * c.d_model + 2 * c.head_dim * c.qk_norm),
             'mlp': c.n_layer * (matrices * c.d_model * c.d_ff + b * ((matrices - 1) * c.d_ff + c.d_model)),
-            'norms': norm * (2 * c.n_layer + 1),
+            'norms': norm * norms,
             'head': 0 if c.tie_embeddings else c.vocab_size * c.d_model}
 
 # %% ../nbs/06_gpt.ipynb #ef9ede13
