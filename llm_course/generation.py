@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['Processor', 'top_k_filter', 'top_p_filter', 'min_p_filter', 'typical_filter', 'frequency_penalty', 'presence_penalty',
-           'repetition_penalty', 'SamplingConfig', 'next_token_probs', 'sample_token', 'generate_stream', 'generate',
-           'stream_text', 'generate_text']
+           'repetition_penalty', 'SamplingConfig', 'next_token_probs', 'sample_token', 'evaluating', 'generate_stream',
+           'generate', 'stream_text', 'generate_text']
 
-# %% ../nbs/08_generation.ipynb #d866c8c1
+# %% ../nbs/08_generation.ipynb #d344b9c2
 import math, operator
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -185,16 +186,23 @@ def sample_token(
     device = generator.device if generator else logits.device                 # multinomial wants both on one device
     return torch.multinomial(next_token_probs(logits, config, history, prompt_len).to(device), 1, generator=generator).item()
 
-# %% ../nbs/08_generation.ipynb #6971f80d
-@torch.no_grad()
-def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
-    "Scores (V,) for the token after `ids`, with dropout off."
-    new = ids[cache.length:] if cache is not None else ids
+# %% ../nbs/08_generation.ipynb #3e869be1
+@contextmanager
+def evaluating(
+    model: torch.nn.Module # any model
+) -> Iterator[None]:
+    "Dropout off and no gradients inside the `with`; afterwards each part of the model is in the mode it was in before."
     modes = [(m, m.training) for m in model.modules()]
     model.eval()
-    try: return model.head(model.hidden(torch.tensor([new], device=model.embed.weight.device), cache=cache)[:, -1])[0]
+    try:
+        with torch.no_grad(): yield
     finally:
         for m, mode in modes: m.training = mode
+
+def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
+    "Scores (V,) for the token after `ids`."
+    new = torch.tensor([ids[cache.length:] if cache is not None else ids], device=model.embed.weight.device)
+    with evaluating(model): return model.logits(model.hidden(new, cache=cache)[:, -1])[0]
 
 def _as_ids(what: str, ids: Iterable[int]) -> list[int]:
     if isinstance(ids, (str, bytes)): raise TypeError(f'{what} is {ids!r}, not a sequence of ids: use tokenizer.encode')

@@ -123,7 +123,7 @@ def _validate_variants(self: GPTConfig) -> None:
     _check(self.global_every is None or self.window is not None, f'global_every={self.global_every} without a window: every layer sees everything already')
     _check(self.attn_softcap is None or self.dropout == 0, f'attn_softcap={self.attn_softcap} with dropout={self.dropout}: set one of them to its default')
 
-# %% ../nbs/06_gpt.ipynb #54d8b9b3
+# %% ../nbs/06_gpt.ipynb #9d1f8ba8
 _GPT2 = dict(vocab_size=50257, max_seq_len=1024, norm='layernorm', activation='gelu_tanh', position='learned', bias=True, init_std=.02)
 
 PRESETS: dict[str, dict] = {
@@ -135,6 +135,32 @@ PRESETS: dict[str, dict] = {
     'gpt2-xl':      _GPT2 | dict(n_layer=48, n_head=25, d_model=1600),
     'smollm2-135m': dict(vocab_size=49152, max_seq_len=8192, n_layer=30, n_head=9, n_kv_head=3, d_model=576, d_ff=1536, rope_theta=100_000.)}
 
+# %% ../nbs/06_gpt.ipynb #b5654453
+_SMOL = dict(vocab_size=49152, d_ff=8192, rope_theta=130_000.)
+_LLAMA = dict(vocab_size=32000, max_seq_len=4096, n_layer=32, n_head=32, d_model=4096, d_ff=11008, tie_embeddings=False, init_std=.02)
+_LLAMA3 = _LLAMA | dict(vocab_size=128_256, max_seq_len=8192, n_kv_head=8, d_ff=14336, rope_theta=500_000.)
+_QWEN2 = dict(vocab_size=151_936, max_seq_len=32768, norm_eps=1e-6, rope_theta=1_000_000., qkv_bias=True, init_std=.02)
+_QWEN3 = _QWEN2 | dict(max_seq_len=40960, n_kv_head=8, head_dim=128, qkv_bias=False, qk_norm=True)
+_GEMMA2 = dict(vocab_size=256_000, max_seq_len=8192, head_dim=256, norm_eps=1e-6, activation='geglu_tanh', window=4096, global_every=2, init_std=.02,
+               attn_softcap=50., logit_softcap=30., attn_scale=1 / 16, scale_embeddings=True, norm_position='sandwich')
+
+PRESETS |= {
+    'smollm2-360m': PRESETS['smollm2-135m'] | dict(n_layer=32, n_head=15, n_kv_head=5, d_model=960, d_ff=2560),
+    'smollm2-1.7b': _SMOL | dict(max_seq_len=8192, n_layer=24, n_head=32, d_model=2048),
+    'llama-7b':     _LLAMA | dict(max_seq_len=2048, norm_eps=1e-6),
+    'llama-2-7b':   _LLAMA,
+    'llama-2-13b':  _LLAMA | dict(n_layer=40, n_head=40, d_model=5120, d_ff=13824),
+    'llama-2-70b':  _LLAMA | dict(n_layer=80, n_head=64, n_kv_head=8, d_model=8192, d_ff=28672),
+    'llama-3-8b':   _LLAMA3,
+    'llama-3-70b':  _LLAMA3 | dict(n_layer=80, n_head=64, d_model=8192, d_ff=28672),
+    'mistral-7b':   _LLAMA | dict(max_seq_len=32768, n_kv_head=8, d_ff=14336, window=4096),
+    'qwen2.5-0.5b': _QWEN2 | dict(n_layer=24, n_head=14, n_kv_head=2, d_model=896, d_ff=4864),
+    'qwen2.5-7b':   _QWEN2 | dict(vocab_size=152_064, n_layer=28, n_head=28, n_kv_head=4, d_model=3584, d_ff=18944, tie_embeddings=False),
+    'qwen3-0.6b':   _QWEN3 | dict(n_layer=28, n_head=16, d_model=1024, d_ff=3072),
+    'qwen3-8b':     _QWEN3 | dict(n_layer=36, n_head=32, d_model=4096, d_ff=12288, tie_embeddings=False),
+    'gemma-2-2b':   _GEMMA2 | dict(n_layer=26, n_head=8, n_kv_head=4, d_model=2304, d_ff=9216)}
+
+# %% ../nbs/06_gpt.ipynb #2afab367
 @patch(cls_method=True)
 def from_dict(cls: GPTConfig, values: dict) -> GPTConfig:
     "The configuration that `to_dict` wrote. Raises `ValueError` for a key that does not exist, with the nearest that does."
