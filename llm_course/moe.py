@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BALANCE', 'VARIANTS', 'Plan', 'plan_dispatch', 'Routing', 'Router', 'Traffic', 'MoE', 'expert_capacity', 'moe_layers',
            'expert_shares', 'balance_loss', 'router_z_loss', 'update_biases', 'Load', 'expert_load', 'MoEConfig',
-           'moe_gpt', 'variant_model', 'held_out_loss', 'train_variant', 'run_all']
+           'moe_gpt', 'moe_params', 'moe_flops', 'variant_model', 'held_out_loss', 'train_variant', 'run_all']
 
 # %% ../nbs/07c_moe.ipynb #76bb1374
 import json, math, time
@@ -267,6 +267,23 @@ def moe_gpt(
     model.init_weights(seed)
     return model
 
+# %% ../nbs/07c_moe.ipynb #1fb5d700
+def moe_params(
+    config: GPTConfig, # the model
+    moe: MoEConfig     # its mixtures
+) -> dict[str, int]: # 'total', 'active' for one token (the embedding counted in full, as published numbers do), and 'expert', the size of one
+    "Parameters by formula, without building the model."
+    c, L, parts = config, len(moe.where(config.n_layer)), count_params(config)
+    one = (3 if ACTIVATIONS[c.activation][1] else 2) * c.d_model * (moe.d_ff or c.d_ff)
+    always = sum(parts.values()) - L * parts['mlp'] // c.n_layer + L * (c.d_model * moe.n_expert + moe.n_shared * one)
+    return {'total': always + L * moe.n_expert * one, 'active': always + L * moe.n_expert_active * one, 'expert': one}
+
+def moe_flops(config: GPTConfig, moe: MoEConfig, seq_len: int|None = None, training: bool = True) -> int: # as for `flops_per_token`
+    "FLOPs of one token by formula; nothing is dropped, and sorting is free."
+    c, one, dense = config, moe_params(config, moe)['expert'], (3 if ACTIVATIONS[config.activation][1] else 2) * config.d_model * config.d_ff
+    change = len(moe.where(c.n_layer)) * ((moe.n_expert_active + moe.n_shared) * one + c.d_model * moe.n_expert - dense)
+    return flops_per_token(c, seq_len, training) + (6 if training else 2) * change
+
 # %% ../nbs/07c_moe.ipynb #c9c62494
 VARIANTS: dict[str, int|MoEConfig] = { # name -> width of a dense MLP, or a mixture
     'dense, equal active': 192, 'MoE, balance loss': MoEConfig(8, 2, d_ff=96), 'MoE, bias': MoEConfig(8, 2, d_ff=96, balance='bias'),
@@ -286,13 +303,14 @@ def held_out_loss(model: GPT, ids: Tensor, n: int = 2000) -> float: # ids (M,); 
     at = torch.linspace(0, len(ids) - T - 1, n).long()[:, None] + torch.arange(T + 1)
     return sum(model(x[:, :-1], x[:, 1:])[1].item() * len(x) for x in ids[at].split(250)) / n
 
-# %% ../nbs/07c_moe.ipynb #37016758
+# %% ../nbs/07c_moe.ipynb #7276deb5
 def train_variant(
     name: str, seed: int,      # a name in VARIANTS; the seed of weights and batches
     train_ids: Tensor, valid_ids: Tensor, # (M,) int64
     steps: int = 400, batch: int = 32, lr: float = 8e-3, # AdamW; the rate rises for 5 % of the steps and falls to a tenth along a cosine
     balance: float = .01,      # coefficient of the balance loss
     bias_rate: float = .01,    # of `update_biases`
+    windows: int = 2000,       # of the held-out text, for `held_out_loss`
     progress: bool = False     # show a bar
 ) -> tuple[dict, GPT]: # a record for JSON, and the model
     "Train one small model on windows of its text; every tenth step logs the share of the tokens that each expert of each layer got."
@@ -306,7 +324,7 @@ def train_variant(
         opt.zero_grad(); (loss + balance * balance_loss(model)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.); opt.step(); update_biases(model, bias_rate)
         if step % 10 == 9: loads.append([[round(s, 3) for s in l.shares] for l in expert_load(model)])
-    record = dict(name=name, seed=seed, steps=steps, train=round(loss.item(), 4), valid=round(held_out_loss(model, valid_ids), 4), loads=loads)
+    record = dict(name=name, seed=seed, steps=steps, train=round(loss.item(), 4), valid=round(held_out_loss(model, valid_ids, windows), 4), loads=loads)
     return record, model
 
 def run_all(
