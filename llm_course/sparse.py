@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['EMPTY', 'PARTIAL', 'FULL', 'prefix_mask', 'strided_mask', 'global_mask', 'document_ids', 'document_mask',
-           'document_positions', 'reachable', 'local_attention', 'BlockMask', 'block_sparse_attention']
+           'document_positions', 'reachable', 'local_attention', 'BlockMask', 'block_sparse_attention', 'sink_mask',
+           'attention_with_sink']
 
 # %% ../nbs/05b_sparse.ipynb #e7fbff10
 from collections.abc import Callable, Iterable
@@ -235,3 +236,30 @@ def block_sparse_attention(
                       else q.new_zeros(len(q), len(rows), q.shape[2], v.shape[-1]))
     order = torch.cat([rows for rows, _, _ in mask.groups]).argsort()
     return _from_blocks(torch.cat(pieces, 1).index_select(1, order), mask, B, H)
+
+# %% ../nbs/05b_sparse.ipynb #2d16f4ec
+def sink_mask(
+    T: int,         # number of positions
+    window: int,    # how many positions each sees, itself included
+    n_sink: int = 4 # first positions, which all later ones see as well
+) -> Tensor: # bool, (T, T)
+    "Sliding window that keeps the first tokens (Xiao et al. 2023, StreamingLLM). Raises `ValueError` for a window or a number of sinks below 1."
+    _whole_number('n_sink', n_sink, 'without a sink this is causal_mask(T, window=…)')
+    return causal_mask(T, window=window) | causal_mask(T) & (torch.arange(T) < n_sink)
+
+# %% ../nbs/05b_sparse.ipynb #d19f8724
+def attention_with_sink(
+    q: Tensor,                # queries, (B, H, T_q, D)
+    k: Tensor,                # keys, (B, H_kv, T_k, D), H a multiple of H_kv
+    v: Tensor,                # values, (B, H_kv, T_k, D_v)
+    sink: Tensor,             # score of the way out, (H,); 0 for softmax-off-by-one, -inf for none
+    mask: Tensor|None = None, # bool, as for `attention`
+    scale: float|None = None  # factor on the scores; default 1/sqrt(D)
+) -> Tensor: # (B, H, T_q, D_v)
+    "Attention in which each head may give weight to nobody: a key with score `sink` and value zero (OpenAI 2025). Raises as `attention` does."
+    _check_qkv(q, k, v)
+    (B, H, T_q, _), T_k = q.shape, k.shape[2]
+    if sink.shape != (H,): raise ValueError(f'sink has shape {tuple(sink.shape)}: give one score for each of the {H} query heads')
+    if mask is not None: _check_mask(mask, (B, H, T_q, T_k)); mask = F.pad(mask.expand(*mask.shape[:-1], T_k), (0, 1), value=True)
+    bias = F.pad(sink[:, None, None], (T_k, 0))                                                # (H, 1, T_k + 1): 0 for real keys
+    return attention(q, F.pad(k, (0, 0, 0, 1)), F.pad(v, (0, 0, 0, 1)), mask, scale=scale, bias=bias)
