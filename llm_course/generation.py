@@ -103,7 +103,7 @@ def repetition_penalty(
     if not 0 < theta < math.inf: raise ValueError(f'repetition_penalty={theta}: must be a positive number, 1 changes nothing')
     return torch.where(_counts(logits, history) > 0, torch.where(logits < 0, logits * theta, logits / theta), logits)
 
-# %% ../nbs/08_generation.ipynb #9cd421fa
+# %% ../nbs/08_generation.ipynb #43a88fe7
 def _limit(name: str, value: object, ok: Callable, limit: str) -> None:
     try: good = bool(ok(value))
     except TypeError: good = False
@@ -125,6 +125,11 @@ class SamplingConfig:
 
     def __post_init__(self): self._validate()
 
+    @property
+    def looks_back(self) -> bool:
+        "Whether a penalty needs to know the text so far."
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
+
 # %% ../nbs/08_generation.ipynb #fdc623a7
 @patch
 def _validate(self: SamplingConfig) -> None:
@@ -142,7 +147,7 @@ def _validate(self: SamplingConfig) -> None:
         _limit(f'logit_bias[{i}]', x, lambda x: x < math.inf, ': must be a number, or -inf to forbid the token')
     object.__setattr__(self, 'logit_bias', dict(self.logit_bias))             # a copy: nobody changes it behind our back
 
-# %% ../nbs/08_generation.ipynb #6aa8d61f
+# %% ../nbs/08_generation.ipynb #d1243e56
 def _look_back(logits: Tensor, config: SamplingConfig, history: Sequence[int]|None, prompt_len: int) -> Tensor:
     "Bias and penalties."
     c, V = config, logits.shape[-1]
@@ -150,7 +155,7 @@ def _look_back(logits: Tensor, config: SamplingConfig, history: Sequence[int]|No
         if (worst := max(c.logit_bias)) >= V: raise ValueError(f'logit_bias: id {worst} is not in the vocabulary [0, {V})')
         logits = logits.index_add(-1, torch.tensor(list(c.logit_bias), device=logits.device),
                                   torch.tensor(list(c.logit_bias.values()), device=logits.device).float().expand(*logits.shape[:-1], -1))
-    if (c.repetition_penalty, c.frequency_penalty, c.presence_penalty) == (1, 0, 0): return logits
+    if not c.looks_back: return logits
     if history is None: raise ValueError('the configuration has a penalty, which needs the tokens so far: pass history=ids')
     drawn = history[prompt_len:]
     logits = repetition_penalty(logits, history, c.repetition_penalty)
@@ -280,7 +285,11 @@ def generate(
     "Continue `prompt` and return the new tokens."
     return list(generate_stream(model, prompt, max_new_tokens, **options))
 
-# %% ../nbs/08_generation.ipynb #a8054625
+# %% ../nbs/08_generation.ipynb #6a67fc77
+def _check_pair(model: GPT, tokenizer: Tokenizer) -> None:
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: they do not belong together')
+
 def stream_text(
     model: GPT,                   # any GPT
     tokenizer: Tokenizer,         # the one it was trained with
@@ -290,8 +299,7 @@ def stream_text(
     **options                     # as for `generate_stream`
 ) -> Iterator[str]: # pieces of text; joined they are the continuation, without the prompt
     "Continue a text, piece by piece; a character is handed out when all its bytes are there."
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise ValueError(f'the tokenizer has {tokenizer.vocab_size} tokens and the model {model.config.vocab_size}: they do not belong together')
+    _check_pair(model, tokenizer)
     ids = generate_stream(model, tokenizer.encode(prompt, allowed_special=allowed_special), max_new_tokens, allowed_ids=tokenizer.ids, **options)
     return tokenizer.decode_stream(ids)
 

@@ -284,16 +284,16 @@ def moe_flops(config: GPTConfig, moe: MoEConfig, seq_len: int|None = None, train
     change = len(moe.where(c.n_layer)) * ((moe.n_expert_active + moe.n_shared) * one + c.d_model * moe.n_expert - dense)
     return flops_per_token(c, seq_len, training) + (6 if training else 2) * change
 
-# %% ../nbs/07c_moe.ipynb #c9c62494
+# %% ../nbs/07c_moe.ipynb #d13277f2
 VARIANTS: dict[str, int|MoEConfig] = { # name -> width of a dense MLP, or a mixture
-    'dense, equal active': 192, 'MoE, balance loss': MoEConfig(8, 2, d_ff=96), 'MoE, bias': MoEConfig(8, 2, d_ff=96, balance='bias'),
-    'MoE, no balance': MoEConfig(8, 2, d_ff=96, balance='none'), 'dense, equal total': 768}
+    'dense, equal active': 128, 'MoE, balance loss': MoEConfig(16, 2, d_ff=64), 'MoE, bias': MoEConfig(16, 2, d_ff=64, balance='bias'),
+    'MoE, no balance': MoEConfig(16, 2, d_ff=64, balance='none'), 'dense, equal total': 1024}
 
 def variant_model(name: str, vocab_size: int, seed: int = 0, **shape) -> GPT: # shape: other fields of the GPTConfig
     "The small model of a name in VARIANTS."
     if name not in VARIANTS: raise ValueError(f'unknown variant {name!r}: choose one of {", ".join(map(repr, VARIANTS))}')
     kind = VARIANTS[name]
-    shape = dict(vocab_size=vocab_size, max_seq_len=64, n_layer=2, n_head=4, d_model=64, d_ff=kind if isinstance(kind, int) else 192) | shape
+    shape = dict(vocab_size=vocab_size, max_seq_len=64, n_layer=2, n_head=4, d_model=64, qk_norm=True, d_ff=kind if isinstance(kind, int) else 128) | shape
     return GPT(GPTConfig(**shape), seed) if isinstance(kind, int) else moe_gpt(GPTConfig(**shape), kind, seed)
 
 @torch.no_grad()
@@ -303,11 +303,11 @@ def held_out_loss(model: GPT, ids: Tensor, n: int = 2000) -> float: # ids (M,); 
     at = torch.linspace(0, len(ids) - T - 1, n).long()[:, None] + torch.arange(T + 1)
     return sum(model(x[:, :-1], x[:, 1:])[1].item() * len(x) for x in ids[at].split(250)) / n
 
-# %% ../nbs/07c_moe.ipynb #7276deb5
+# %% ../nbs/07c_moe.ipynb #1ad66679
 def train_variant(
     name: str, seed: int,      # a name in VARIANTS; the seed of weights and batches
     train_ids: Tensor, valid_ids: Tensor, # (M,) int64
-    steps: int = 400, batch: int = 32, lr: float = 8e-3, # AdamW; the rate rises for 5 % of the steps and falls to a tenth along a cosine
+    steps: int = 400, batch: int = 32, lr: float = 1e-2, # AdamW; the rate rises for 5 % of the steps and falls to a tenth along a cosine
     balance: float = .01,      # coefficient of the balance loss
     bias_rate: float = .01,    # of `update_biases`
     windows: int = 2000,       # of the held-out text, for `held_out_loss`
