@@ -34,7 +34,7 @@ def prefix_mask(
     mask = causal_mask(T, prefix.device) | prompt[..., None, :]                                # (T, T) or (B, T, T)
     return mask if prefix.dim() == 0 else mask[:, None]
 
-# %% ../nbs/05b_sparse.ipynb #076efdf9
+# %% ../nbs/05b_sparse.ipynb #d315d1b0
 def strided_mask(
     T: int,     # number of positions
     stride: int # the last `stride` positions are seen, and every stride-th before them; about the root of T is cheapest
@@ -44,7 +44,6 @@ def strided_mask(
     distance = torch.arange(T)[:, None] - torch.arange(T)                                      # (T, T): t - s
     return (distance >= 0) & ((distance < stride) | (distance % stride == 0))
 
-# %% ../nbs/05b_sparse.ipynb #8c8c9bf6
 def global_mask(
     mask: Tensor,     # bool, (T, T): what everybody sees
     is_global: Tensor # bool, (T,): positions that see all and are seen by all
