@@ -146,7 +146,7 @@ def costs(self: Grammar, available: Iterable[int] = range(256)) -> dict[Symbol, 
         if all(cost[n] == c for n, c in new.items()): return cost
         cost |= new
 
-# %% ../nbs/08c_constrained.ipynb #5063b995
+# %% ../nbs/08c_constrained.ipynb #963449a7
 JSON_RULES: dict[str, str] = {
     'value':    "object | array | string | number | 'true' | 'false' | 'null'",
     'object':   "'{' pairs? '}'",
@@ -157,7 +157,7 @@ JSON_RULES: dict[str, str] = {
     'values':   "value next_value*",
     'next_value': "',' ' '? value",
     'string':   """'"' char* '"'""",
-    'char':     r"[ !#-\[\]-~] | wide | [\\] escape",
+    'char':     r"[ !#-\[\]-\x7f] | wide | [\\] escape",
     'escape':   r"""["\\/bfnrt] | 'u' code""",
     'code':     "[0-9a-cA-CefEF] hex hex hex | [dD] surrogate",
     'surrogate': r"[0-7] hex hex | [89abAB] hex hex [\\] 'u' [dD] [c-fC-F] hex hex",       # half a character, and then the other half
@@ -270,24 +270,27 @@ def generate_constrained(
     ids = generate(model, prompt, max_new_tokens, stop_tokens=[end_id], processors=[constrain], **options)
     return tokenizer.decode([i for i in ids if i != end_id])
 
-# %% ../nbs/08c_constrained.ipynb #02e45527
+# %% ../nbs/08c_constrained.ipynb #bd18e96d
 def choice_rules(
     name: str,           # of the rule
     words: Iterable[str] # what it may stand for
 ) -> dict[str, str]: # rules, ready for `Grammar`
     "Rules for one of several words, with common beginnings factored out. Raises `ValueError` for an empty choice."
-    words = sorted(set(words))
+    words = sorted({w.encode() for w in words})
     if not words: raise ValueError(f'{name}: a choice needs at least one word')
+    return _factored(name, words)
+
+def _factored(name: str, words: list[bytes]) -> dict[str, str]:
+    "A rule for words, with one alternative for each first byte; an empty word is an empty alternative."
     rules, alternatives = {}, []
-    for first in dict.fromkeys(w[:1] for w in words):               # '' stands for a word that ends here
+    for first in dict.fromkeys(w[:1] for w in words):
         rest = [w[1:] for w in words if w[:1] == first]
-        if rest == ['']: alternatives.append(_literal(first)); continue
         below = f'{name}_{len(rules)}'
-        rules |= choice_rules(below, rest)
-        alternatives.append(f'{_literal(first)} {below}')
+        if rest != [b'']: rules |= _factored(below, rest)
+        alternatives.append(_literal(first) + (below if rest != [b''] else ''))
     return {name: ' | '.join(alternatives)} | rules
 
-def _literal(text: str) -> str: return ''.join(f'[\\x{b:02x}] ' for b in text.encode())
+def _literal(text: bytes) -> str: return ''.join(f'[\\x{b:02x}] ' for b in text)
 
 _SCALARS = {'string': 'string', 'number': 'number', 'integer': "'-'? whole", 'boolean': "'true' | 'false'", 'null': "'null'"}
 _KNOWN = {'type', 'properties', 'required', 'items', 'enum', 'additionalProperties', 'description', 'title'}
@@ -305,5 +308,5 @@ def schema_rules(
                                 **schema_rules(schema.get('items', {}), f'{name}_one')}
     if kind != 'object' or 'properties' not in schema: raise ValueError(f'{name}: type {kind!r} is not supported: give object with properties, array, enum or one of {", ".join(_SCALARS)}')
     fields = [(f'{name}_{i}', key, sub) for i, (key, sub) in enumerate(schema['properties'].items())]
-    body = " ',' ' '? ".join(f"{_literal(json.dumps(key, ensure_ascii=False))} ':' ' '? {rule}" for rule, key, _ in fields)
+    body = " ',' ' '? ".join(f"{_literal(json.dumps(key, ensure_ascii=False).encode())} ':' ' '? {rule}" for rule, key, _ in fields)
     return {name: f"'{{' {body} '}}'"} | {n: text for rule, _, sub in fields for n, text in schema_rules(sub, rule).items()}

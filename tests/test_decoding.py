@@ -77,7 +77,7 @@ def test_a_batch_leaves_the_model_as_it_was():
     beam_search(model, [1], 3); score(model, [1, 2])
     assert [m.training for m in model.modules()] == before and all(p.grad is None for p in model.parameters())
 
-@pytest.mark.parametrize('seed, alpha', enumerate((-.5, 0., 1., 3.)))
+@pytest.mark.parametrize('seed, alpha', list(enumerate((-.5, 0., 1., 3.))))
 def test_a_wide_beam_is_brute_force_and_early_stopping_may_not_lose(seed, alpha):
     model, prompt, stop, n = GPT(GPTConfig(**small | dict(vocab_size=4)), seed=seed).eval(), [0, 1], {2}, 3
     texts = {tuple(ids[:next((i + 1 for i, x in enumerate(ids) if x in stop), n)]) for ids in itertools.product(range(4), repeat=n)}
