@@ -210,7 +210,7 @@ def generate_batch(
             real = torch.cat((real[going], real.new_ones(len(going), 1)), 1)
     return [Generated(t[n:], p, []) for t, n, p in zip(texts, given, logprobs)]
 
-# %% ../nbs/08b_decoding.ipynb #9a6e72d7
+# %% ../nbs/08b_decoding.ipynb #c112fac6
 class StopStrings:
     "Looks for the first of several strings in one text that arrives in pieces, and holds back what could be the beginning of one."
     def __init__(self,
@@ -230,16 +230,15 @@ class StopStrings:
         "What was held back, when no more pieces come."
         return self._release(len(self.held))
 
-    def _begun(self) -> int: # where the longest end of the text begins that could become a stop string
-        for n in range(min(len(self.held), max(map(len, self.stops), default=0) - 1), 0, -1):
-            if any(s.startswith(self.held[-n:]) and n < len(s) for s in self.stops): return len(self.held) - n
+    def _begun(self) -> int: # where the longest end of the text begins that is, or could become, a stop string
+        for n in range(min(len(self.held), max(map(len, self.stops), default=0)), 0, -1):
+            if any(s.startswith(self.held[-n:]) for s in self.stops): return len(self.held) - n
         return len(self.held)
 
     def _release(self, begun: int) -> str:
-        if self.found is not None: return ''
         at, stop = min(((i, s) for s in self.stops if (i := self.held.find(s)) >= 0), default=(len(self.held) + 1, None))
         if at <= begun: self.found, begun = stop, at                            # nothing that may still come begins earlier
-        out, self.held = self.held[:begun], self.held[begun:]
+        out, self.held = self.held[:begun], self.held[begun:]                   # a string that was found stays in front, and nothing passes it
         return out
 
 # %% ../nbs/08b_decoding.ipynb #e3f30d77

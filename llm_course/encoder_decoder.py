@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ENCODER_DECODER_PRESETS', 'CrossAttention', 'shift_right', 'pad_right', 'EncoderDecoderConfig', 'DecoderCache',
-           'EncoderDecoderLayer', 'LayerStack', 'EncoderDecoder']
+           'EncoderDecoderLayer', 'LayerStack', 'EncoderDecoder', 'encoder_decoder_flops']
 
 # %% ../nbs/07b_encoder_decoder.ipynb #5050c955
 import dataclasses, math
@@ -303,3 +303,35 @@ def generate(self: EncoderDecoder,
         ids, done = torch.cat((ids, new[:, None]), 1), done | (new == c.end_id)
         if done.all(): break
     return [row[:row.index(c.end_id)] if c.end_id in row else row for row in ids[:, 1:].tolist()]
+
+# %% ../nbs/07b_encoder_decoder.ipynb #0c6d7bd3
+@patch
+@torch.no_grad()
+def cross_weights(self: EncoderDecoder,
+                  source: Tensor,                  # token ids, int64, (B, S)
+                  target_in: Tensor,               # from `shift_right`, int64, (B, T)
+                  source_keep: Tensor|None = None  # bool, (B, S): False for padding
+                 ) -> Tensor: # (n_decoder_layer, B, H, T, S); each row adds up to 1
+    "How much each place of the target looks at each place of the source, in every layer and head (the alignments of Bahdanau et al. 2014, figure 3)."
+    memory, mask, found = self.encode(source, source_keep), None if source_keep is None else padding_mask(source_keep), []
+    hooks = [layer.cross.register_forward_pre_hook(lambda cross, args: found.append(cross.weights(args[0], memory, mask))) for layer in self.decoder.layers]
+    try: self.decode(target_in, memory, source_keep)
+    finally:
+        for hook in hooks: hook.remove()
+    return torch.stack(found)
+
+# %% ../nbs/07b_encoder_decoder.ipynb #b956c763
+def encoder_decoder_flops(
+    config: EncoderDecoderConfig, # any valid configuration
+    S: int,                       # tokens of the source
+    T: int                        # tokens of the target
+) -> dict[str, int]: # floating-point operations by part, of one forward pass for one pair; a backward pass costs twice as much again
+    "FLOPs of matrix products by formula, attention counted in full, without the saving of the causal half. Raises `ValueError` for lengths below 1."
+    _check(S > 0 and T > 0, f'S={S}, T={T}: there must be at least one token on each side')
+    c, inner, matrices = config, config.n_head * config.head_dim, 3 if ACTIVATIONS[config.activation][1] else 2
+    def attend(n: int) -> int: return 8 * n * c.d_model * inner + 4 * n * n * inner
+    def mlp(n: int) -> int: return 2 * matrices * n * c.d_model * c.d_ff
+    return {'encoder attention': c.n_layer * attend(S), 'encoder mlp': c.n_layer * mlp(S),
+            'decoder attention': c.n_decoder_layer * attend(T),
+            'cross-attention': c.n_decoder_layer * (4 * (S + T) * c.d_model * inner + 4 * S * T * inner),
+            'decoder mlp': c.n_decoder_layer * mlp(T), 'head': 2 * T * c.d_model * c.vocab_size}

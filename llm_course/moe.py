@@ -44,7 +44,7 @@ def plan_dispatch(
     place = torch.arange(len(flat), device=flat.device) - first[flat[pairs]]           # (N k,) place in that queue
     return Plan(pairs[place < capacity], demand.clamp_max(capacity), demand)
 
-# %% ../nbs/07c_moe.ipynb #43ed5784
+# %% ../nbs/07c_moe.ipynb #2271d75a
 class Routing(NamedTuple):
     "What a router decided for N tokens."
     logits: Tensor   # (N, E) float32, the scores
@@ -53,7 +53,7 @@ class Routing(NamedTuple):
     weights: Tensor  # (N, k) float32, what their outputs are multiplied by
 
 def _check_experts(n_expert: int, k: int) -> None:
-    if n_expert < 1 or k < 1: raise ValueError(f'n_expert={n_expert}, n_expert_active={k}: both must be at least 1')
+    if not all(isinstance(v, int) and v > 0 for v in (n_expert, k)): raise ValueError(f'n_expert={n_expert}, n_expert_active={k}: both must be integers of at least 1')
     if k > n_expert: raise ValueError(f'n_expert_active={k} is more than n_expert={n_expert}: a token cannot use an expert twice')
 
 class Router(nn.Module):
@@ -228,7 +228,7 @@ def expert_load(model: nn.Module) -> list[Load]:
         loads.append(Load(p.tolist(), entropy, 1 - len(plan.pairs) / max(1, int(plan.demand.sum()))))
     return loads
 
-# %% ../nbs/07c_moe.ipynb #7131e941
+# %% ../nbs/07c_moe.ipynb #ee0107db
 @dataclass(frozen=True)
 class MoEConfig:
     "What turns a `GPTConfig` into a mixture. Validated on construction; see `MoE` for the fields that are not explained here."
@@ -248,7 +248,7 @@ class MoEConfig:
 
     def layer(self, config: GPTConfig) -> MoE:
         "A new MoE layer for a model of this configuration."
-        return MoE(config.d_model, self.d_ff or config.d_ff, self.n_expert, self.n_expert_active, config.activation,
+        return MoE(config.d_model, config.d_ff if self.d_ff is None else self.d_ff, self.n_expert, self.n_expert_active, config.activation,
                    self.capacity_factor, self.normalize, self.n_shared, self.balance)
 
     def where(self, n_layer: int) -> list[int]:
@@ -267,14 +267,14 @@ def moe_gpt(
     model.init_weights(seed)
     return model
 
-# %% ../nbs/07c_moe.ipynb #1fb5d700
+# %% ../nbs/07c_moe.ipynb #d6cbd1f2
 def moe_params(
     config: GPTConfig, # the model
     moe: MoEConfig     # its mixtures
 ) -> dict[str, int]: # 'total', 'active' for one token (the embedding counted in full, as published numbers do), and 'expert', the size of one
     "Parameters by formula, without building the model."
     c, L, parts = config, len(moe.where(config.n_layer)), count_params(config)
-    one = (3 if ACTIVATIONS[c.activation][1] else 2) * c.d_model * (moe.d_ff or c.d_ff)
+    one = (3 if ACTIVATIONS[c.activation][1] else 2) * c.d_model * (c.d_ff if moe.d_ff is None else moe.d_ff)
     always = sum(parts.values()) - L * parts['mlp'] // c.n_layer + L * (c.d_model * moe.n_expert + moe.n_shared * one)
     return {'total': always + L * moe.n_expert * one, 'active': always + L * moe.n_expert_active * one, 'expert': one}
 

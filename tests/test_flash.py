@@ -90,8 +90,8 @@ def test_any_split_of_the_keys_merges_to_the_whole(problem, data):
         return functools.reduce(merge, parts)[0]
     assert_close(with_gradients(in_parts, q, k, v), with_gradients(lambda *t: attention(*t, mask=mask), q, k, v))
 
-@quickly
-@given(st.integers(1, 60), st.integers(0, 60), st.booleans(), st.none() | st.integers(1, 130), st.integers(1, 70), st.integers(1, 70))
+@settings(max_examples=400, deadline=None)
+@given(st.integers(1, 14), st.integers(0, 14), st.booleans(), st.none() | st.integers(1, 30), st.integers(1, 16), st.integers(1, 16))
 def test_tiles_hold_each_visible_pair_once(T_q, more, is_causal, window, block_q, block_k):
     T_k = T_q + more
     window = window if is_causal else None
@@ -102,13 +102,12 @@ def test_tiles_hold_each_visible_pair_once(T_q, more, is_causal, window, block_q
         assert may[t.rows, t.cols].any() and may[t.rows, t.cols].all() != t.border
     assert times.max() == 1 and times[may].min() == 1
 
-@quickly
-@given(st.integers(1, 2**20), st.integers(2**10, 2**30))
-def test_the_tile_fits(heads, fast):
-    side = tile_side(heads, fast)
-    assert side in (32, 64, 128, 256, 512)
-    if side > 32: assert 4 * heads * side**2 <= fast
-    if side < 512: assert 4 * heads * (2 * side)**2 > fast
+@pytest.mark.parametrize('side', [64, 128, 256, 512])
+@pytest.mark.parametrize('heads', [1, 3, 4, 100])
+def test_the_tile_just_fits(heads, side):
+    fast = 4 * heads * side**2
+    assert (tile_side(heads, fast), tile_side(heads, fast - 1)) == (side, side // 2)
+    assert tile_side(heads, 1) == 32 and tile_side(heads, 2**60) == 512
 
 
 class Largest(TorchDispatchMode):
