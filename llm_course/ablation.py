@@ -24,8 +24,8 @@ from .corpus import split_documents
 from .gpt import GPT, GPTConfig
 from .tokenization import BPETokenizer
 
-# %% ../nbs/06d_ablation.ipynb #e83192a1
-SMALL: dict[str, int] = dict(vocab_size=1024, max_seq_len=128, n_layer=4, n_head=4, d_model=96) # the shape of every run on this page
+# %% ../nbs/06d_ablation.ipynb #7db188ca
+SMALL: dict[str, int] = dict(vocab_size=512, max_seq_len=64, n_layer=2, n_head=4, d_model=96) # the shape of every run on this page
 
 SIX_LINES: dict[str, dict] = { # from GPT-2 to Llama
     'RMSNorm':     dict(norm='rmsnorm'),
@@ -133,13 +133,13 @@ def warmup_cosine(
     done = (step - rise) / max(1, steps - 1 - rise)
     return lr * (final + (1 - final) * (1 + math.cos(math.pi * done)) / 2)
 
-# %% ../nbs/06d_ablation.ipynb #568dd786
+# %% ../nbs/06d_ablation.ipynb #7548e712
 @torch.no_grad()
 def loss_by_position(
     model: GPT,        # in whatever mode it is
     ids: Tensor,       # int64, (n,)
     seq_len: int,      # length of the windows
-    windows: int = 400 # how many, evenly spaced over `ids`
+    windows: int = 800 # how many, evenly spaced over `ids`
 ) -> Tensor: # (seq_len,), mean loss in nats at each position
     "Mean cross-entropy of the next token, position by position. Raises `ValueError` for a text shorter than a window."
     if len(ids) <= seq_len: raise ValueError(f'{len(ids)} ids are too few for a window of {seq_len} and its targets: use a longer text or shorter windows')
@@ -150,8 +150,8 @@ def loss_by_position(
         total += F.cross_entropy(logits, part[:, 1:].flatten(), reduction='none').view(-1, seq_len).sum(0)
     return total / windows
 
-# %% ../nbs/06d_ablation.ipynb #3b9ee847
-SETTINGS: dict[str, float] = dict(steps=500, lr=3e-3, batch_size=8) # of every run on this page, unless it says otherwise
+# %% ../nbs/06d_ablation.ipynb #e409e349
+SETTINGS: dict[str, float] = dict(steps=2000, lr=3e-3, batch_size=8) # of every run on this page, unless it says otherwise
 
 @dataclass
 class SmallRun:
@@ -204,7 +204,7 @@ def stretch(
     longer.load_state_dict(state)
     return longer
 
-# %% ../nbs/06d_ablation.ipynb #8e99ae72
+# %% ../nbs/06d_ablation.ipynb #98f4a03e
 def read_runs(
     path: str|Path # written by `run_ablation`
 ) -> list[dict]: # one dictionary a run; none if there is no such file
@@ -220,7 +220,7 @@ def _measure(name: str, config: GPTConfig, text: SmallText, seed: int, settings:
     "Train once and measure; losses are means over blocks of steps, so that a line stays short."
     start, T, block = time.perf_counter(), config.max_seq_len, max(1, settings['steps'] // 50)
     run = train_small(config, text, seed=seed, **settings)
-    far = loss_by_position(stretch(run.model, 4 * T), text.held_out, 4 * T, windows=64)
+    far = loss_by_position(stretch(run.model, 4 * T), text.held_out, 4 * T, windows=128)
     means = lambda values, n: [round(sum(values[i:i + n]) / n, 4) for i in range(0, len(values) - n + 1, n)]
     return dict(variant=name, seed=seed, held_out=round(run.held_out, 5), bits_per_byte=round(run.bits_per_byte, 5),
                 losses=means(run.losses, block), far=means(far.tolist(), T // 4), seconds=round(time.perf_counter() - start, 1),

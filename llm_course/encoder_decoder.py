@@ -118,7 +118,7 @@ def _fill_and_validate(self: EncoderDecoderConfig) -> None:
     _check(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
     _check(self.norm_eps > 0 and (self.attn_scale is None or 0 < self.attn_scale < math.inf), f'norm_eps={self.norm_eps}, attn_scale={self.attn_scale}: must be positive')
 
-# %% ../nbs/07b_encoder_decoder.ipynb #369e5448
+# %% ../nbs/07b_encoder_decoder.ipynb #21ccca22
 _VASWANI = dict(vocab_size=37000, n_layer=6, n_head=8, d_model=512, norm='layernorm', norm_position='post', norm_eps=1e-5, position='sinusoidal', bias=True,
                 attn_scale=None, scale_embeddings=True, scale_head=False, dropout=.1)
 _T5 = dict(vocab_size=32128, n_layer=6, n_head=8, d_model=512)
@@ -129,7 +129,6 @@ ENCODER_DECODER_PRESETS: dict[str, dict] = {
     'transformer-big':  _VASWANI | dict(n_head=16, d_model=1024, dropout=.3),
     't5-small':         _T5,
     't5-base':          _T5 | dict(n_layer=12, n_head=12, d_model=768),
-    't5-large':         _T5 | dict(n_layer=24, n_head=16, d_model=1024),
     't5-v1.1-small':    _V11 | dict(n_layer=8, n_head=6, d_model=512, head_dim=64, d_ff=1024),
     't5-v1.1-base':     _V11 | dict(n_layer=12, n_head=12, d_model=768, d_ff=2048)}
 

@@ -33,13 +33,21 @@ def merge(
     out = w_a[..., None] * out_a + w_b[..., None] * out_b
     return out.to(out_a.dtype), lse.masked_fill(nothing, -math.inf)
 
-# %% ../nbs/05c_flash.ipynb #8f711422
+# %% ../nbs/05c_flash.ipynb #3111e0bd
 class Tile(NamedTuple):
     "A rectangle of the score matrix in which at least one query may look at a key."
     rows: slice  # queries
     cols: slice  # keys
     border: bool # whether the mask cuts through it; otherwise every pair may look
 
+def _check_tiling(T_q: int, T_k: int, is_causal: bool, window: int|None, *blocks: int) -> None:
+    _check_window(window)
+    if window is not None and not is_causal: raise ValueError(f'window={window} without is_causal: a window looks back, give is_causal=True')
+    if is_causal and T_q > T_k: raise ValueError(f'{T_q} causal queries but only {T_k} keys: the first queries would see nothing')
+    for block in blocks:
+        if type(block) is not int or block < 1: raise ValueError(f'a block of {block!r}: a tile has at least one row and one column, give an integer of 1 or more')
+
+# %% ../nbs/05c_flash.ipynb #0387f83f
 def tiles(
     T_q: int,                # queries, the newest of the T_k positions
     T_k: int,                # keys
@@ -48,7 +56,8 @@ def tiles(
     block_q: int = 128,      # rows of a tile; the last ones may be smaller
     block_k: int = 128       # columns of a tile
 ) -> Iterator[Tile]: # block of queries after block of queries, each from left to right
-    "The tiles worth a visit: those that causality and the window leave empty never appear."
+    "The tiles worth a visit: those that causality and the window leave empty never appear. Raises `ValueError`."
+    _check_tiling(T_q, T_k, is_causal, window, block_q, block_k)
     for q0 in range(0, T_q, block_q):
         q1 = min(q0 + block_q, T_q)
         first, last = q0 + T_k - T_q, q1 - 1 + T_k - T_q             # positions of the first and the last of these queries
@@ -142,19 +151,20 @@ def _backward(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, d_out: 
             dq_g[..., rows, :] += tq; dk[..., tile.cols, :] += tk; dv[..., tile.cols, :] += tv
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
-# %% ../nbs/05c_flash.ipynb #e2244b6f
+# %% ../nbs/05c_flash.ipynb #7a82d12c
 class _Flash(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, keep, plan):
         with torch.autocast(q.device.type, enabled=False): out, lse = _forward(q, k, v, keep, plan)
-        ctx.save_for_backward(q, k, v, out, lse)
-        ctx.keep, ctx.plan = keep, plan
+        ctx.save_for_backward(keep, q, k, v, out, lse)
+        ctx.plan = plan
         return out, lse
 
     @staticmethod
     @once_differentiable
     def backward(ctx, d_out, d_lse):
-        with torch.autocast(d_out.device.type, enabled=False): grads = _backward(*ctx.saved_tensors, d_out, d_lse, ctx.keep, ctx.plan)
+        keep, *saved = ctx.saved_tensors
+        with torch.autocast(d_out.device.type, enabled=False): grads = _backward(*saved, d_out, d_lse, keep, ctx.plan)
         return *grads, None, None
 
 def tile_side(
@@ -166,21 +176,19 @@ def tile_side(
     side = math.isqrt(max(fast_bytes // (4 * heads), 1))
     return min(max(1 << side.bit_length() - 1, 32), 512)
 
-# %% ../nbs/05c_flash.ipynb #2a8036b8
-def _check_flash(q: Tensor, k: Tensor, v: Tensor, is_causal: bool, window: int|None, keep: Tensor|None) -> None:
-    _check_qkv(q, k, v); _check_window(window)
+# %% ../nbs/05c_flash.ipynb #a2aeed12
+def _check_flash(q: Tensor, k: Tensor, v: Tensor, keep: Tensor|None) -> None:
+    _check_qkv(q, k, v)
     if not (q.dtype == k.dtype == v.dtype and q.is_floating_point()):
         raise TypeError(f'q, k, v have dtypes {q.dtype}, {k.dtype}, {v.dtype}: cast them to one floating-point dtype')
-    if window is not None and not is_causal: raise ValueError(f'window={window} without is_causal: a window looks back, give is_causal=True')
-    B, T_q, T_k = q.shape[0], q.shape[2], k.shape[2]
-    if is_causal and T_q > T_k: raise ValueError(f'{T_q} causal queries but only {T_k} keys: the first queries would see nothing')
+    B, T_k = q.shape[0], k.shape[2]
     if keep is None: return
     if not isinstance(keep, Tensor) or keep.dtype != torch.bool:
         raise TypeError(f'keep is {getattr(keep, "dtype", type(keep).__name__)}, not a tensor of torch.bool: give True for real positions, for example ids != pad_id')
     if keep.shape != (B, T_k):
         raise ValueError(f'keep {tuple(keep.shape)} does not fit {B} sequences of {T_k} keys: give (B, T_k); other masks are for `attention`')
 
-# %% ../nbs/05c_flash.ipynb #fbe59724
+# %% ../nbs/05c_flash.ipynb #01c74b76
 def flash_attention(
     q: Tensor,                 # queries, (B, H, T_q, D)
     k: Tensor,                 # keys, (B, H_kv, T_k, D), H a multiple of H_kv
@@ -195,10 +203,10 @@ def flash_attention(
     return_lse: bool = False   # whether to return also the log-sum-exp of each row of scores, for `merge`
 ) -> Tensor|tuple[Tensor, Tensor]: # (B, H, T_q, D_v); and (B, H, T_q), float32 or wider, -inf where nothing was seen
     "Exact attention in memory linear in T (Dao et al. 2022; Dao 2023), once differentiable. A row that may look nowhere gives zeros. Raises `ValueError` or `TypeError`."
-    _check_flash(q, k, v, is_causal, window, keep); _check_softcap(softcap)
+    _check_flash(q, k, v, keep); _check_softcap(softcap)
     side = tile_side(max(q.shape[0] * q.shape[1], 1))
     blocks = [side if b is None else b for b in (block_q, block_k)]
-    if bad := [b for b in blocks if type(b) is not int or b < 1]: raise ValueError(f'a block of {bad[0]!r}: a tile has at least one row and one column, give integers of 1 or more')
+    _check_tiling(q.shape[2], k.shape[2], is_causal, window, *blocks)
     plan = _Plan(is_causal, window, q.shape[-1]**-.5 if scale is None else float(scale), softcap, *blocks)
     out, lse = _Flash.apply(q, k, v, keep, plan)
     return (out, lse) if return_lse else out

@@ -191,7 +191,7 @@ def sample_token(
     device = generator.device if generator else logits.device                 # multinomial wants both on one device
     return torch.multinomial(next_token_probs(logits, config, history, prompt_len).to(device), 1, generator=generator).item()
 
-# %% ../nbs/08_generation.ipynb #3e869be1
+# %% ../nbs/08_generation.ipynb #1b7d2288
 @contextmanager
 def evaluating(
     model: torch.nn.Module # any model
@@ -209,6 +209,7 @@ def _last_logits(model: GPT, ids: list[int], cache: KVCache|None) -> Tensor:
     new = torch.tensor([ids[cache.length:] if cache is not None else ids], device=model.embed.weight.device)
     with evaluating(model): return model.logits(model.hidden(new, cache=cache)[:, -1])[0]
 
+# %% ../nbs/08_generation.ipynb #1a86f51f
 def _as_ids(what: str, ids: Iterable[int]) -> list[int]:
     if isinstance(ids, (str, bytes)): raise TypeError(f'{what} is {ids!r}, not a sequence of ids: use tokenizer.encode')
     try: return [operator.index(i) for i in (ids.tolist() if hasattr(ids, 'tolist') else ids)]

@@ -106,13 +106,13 @@ def reachable(
     for _ in range(layers - 1): reach = (reach @ step > 0).float()  # (T, T): one step more
     return reach.bool()
 
-# %% ../nbs/05b_sparse.ipynb #5e353570
+# %% ../nbs/05b_sparse.ipynb #12036ea5
 def _band(q: Tensor, k: Tensor, v: Tensor, W: int, c: int, scale: float|None) -> Tensor:
     "Outputs of queries W, W + 1, …, which all see exactly W keys, in blocks of c queries and W + c keys."
     (B, H, T, D), H_kv = q.shape, k.shape[1]
     group, n = H // H_kv, -(-(T - W) // c)                                                     # n blocks
-    q, k, v = (F.pad(x, (0, 0, 0, n * c + W - T)) for x in (q[:, :, W:], k, v))                # fill the last block; nobody looks there
-    q = q.reshape(B * H_kv, group, n, c, D).transpose(1, 2).flatten(2, 3)                      # (B·H_kv, n, group·c, D)
+    if fill := n * c + W - T: q, k, v = (F.pad(x, (0, 0, 0, fill)) for x in (q, k, v))         # fill the last block; nobody looks there
+    q = q[:, :, W:].reshape(B * H_kv, group, n, c, D).transpose(1, 2).flatten(2, 3)                      # (B·H_kv, n, group·c, D)
     k, v = (x.flatten(0, 1).unfold(1, W + c, c).mT for x in (k, v))                            # (B·H_kv, n, W + c, D), overlapping views
     t, s = torch.arange(W, W + c, device=q.device)[:, None], torch.arange(W + c, device=q.device)
     may = ((s <= t) & (s > t - W)).repeat(group, 1)                                            # (group·c, W + c), the same for all blocks

@@ -177,3 +177,10 @@ def test_recomputing_a_layer_gives_the_same_gradients():
     t3 = [torch.randn(1, 2, 50, 8) for _ in range(3)]
     fn = functools.partial(flash_attention, is_causal=True)
     for a, b in zip(with_gradients(fn, *t3), with_gradients(lambda *t: checkpoint(fn, *t, use_reentrant=False), *t3)): assert torch.equal(a, b)
+
+def test_padding_that_is_changed_in_between_is_noticed():
+    t3 = [torch.randn(1, 1, 8, 4, requires_grad=True) for _ in range(3)]
+    keep = torch.ones(1, 8, dtype=torch.bool)
+    out = flash_attention(*t3, keep=keep)
+    keep[0, 3] = False
+    with pytest.raises(RuntimeError, match='modified by an inplace operation'): out.sum().backward()

@@ -27,7 +27,7 @@ def choices(draw):
 def test_a_plan_is_first_come_first_served(case, capacity):
     experts, E = case
     plan, flat = plan_dispatch(experts, E, capacity), experts.flatten().tolist()
-    want, queue = {e: [] for e in range(E)}, 0
+    want = {e: [] for e in range(E)}
     for pair, e in enumerate(flat):                                 # the definition, pair by pair
         if capacity is None or len(want[e]) < capacity: want[e].append(pair)
     assert [p.tolist() for p in plan.pairs.split(plan.counts.tolist())] == list(want.values())
