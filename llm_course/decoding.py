@@ -172,7 +172,7 @@ def _draw(logits: Tensor, texts: list[list[int]], given: list[int], config: Samp
     else: probs = next_token_probs(logits, config)                              # all rows at once
     return [torch.multinomial(p.to(g.device) if g else p, 1, generator=g).item() for p, g in zip(probs, generators)]
 
-# %% ../nbs/08b_decoding.ipynb #2394d1b1
+# %% ../nbs/08b_decoding.ipynb #20430596
 def _check_batch(model: GPT, prompts: list[list[int]], max_new_tokens: int, generators: list) -> None:
     for i, p in enumerate(prompts):
         try: _check_prompt(model, p, max_new_tokens, slide=False); _check_vocabulary(model.config.vocab_size, prompt=p)
@@ -181,6 +181,7 @@ def _check_batch(model: GPT, prompts: list[list[int]], max_new_tokens: int, gene
     if len(set(map(id, generators)) - {id(None)}) < len([g for g in generators if g]):
         raise ValueError('two rows share a generator, so that what one draws would depend on the other: give each its own')
 
+# %% ../nbs/08b_decoding.ipynb #df146f18
 def generate_batch(
     model: GPT,                                       # any GPT
     prompts: Iterable[Sequence[int]],                 # ids, of any length
