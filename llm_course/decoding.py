@@ -113,7 +113,7 @@ def _grow(alive: list[Hypothesis], total: Tensor, beams: int, alpha: float, stop
         elif len(going) < beams: going.append((row, h))
     return going, ended
 
-# %% ../nbs/08b_decoding.ipynb #f7f7b209
+# %% ../nbs/08b_decoding.ipynb #19e06329
 def beam_search(
     model: GPT,                     # any GPT
     prompt: Sequence[int],          # ids; with the new ones at most max_seq_len
@@ -131,7 +131,7 @@ def beam_search(
     alive, done, cache, new = [Hypothesis([], 0., 0.)], [], ConcatCache(), torch.tensor([prompt], device=device)
     with evaluating(model):
         for n in range(1, max_new_tokens + 1):
-            logp = model.logits(model.hidden(new, cache=cache)[:, -1]).double().log_softmax(-1).cpu()          # (k, V)
+            logp = model.logits(model.hidden(new, cache=cache)[:, -1]).cpu().double().log_softmax(-1)          # (k, V)
             if closed is not None: logp = logp.masked_fill(closed, -math.inf)
             total = logp + torch.tensor([h.logprob for h in alive], dtype=logp.dtype)[:, None]
             going, ended = _grow(alive, total, beams, alpha, stop, last=n == max_new_tokens)

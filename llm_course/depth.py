@@ -137,7 +137,7 @@ def _writers(model: nn.Module) -> list[str]:
     return [f'blocks.{i}.{part}' for i, b in enumerate(model.blocks)
             for part in (('attn', 'mlp') if isinstance(b.out_norm1, nn.Identity) else ('out_norm1', 'out_norm2'))]
 
-# %% ../nbs/06b_depth.ipynb #6a318e16
+# %% ../nbs/06b_depth.ipynb #e4ad8225
 class Stream(NamedTuple):
     "The residual stream of a model on one batch, float32, detached."
     x: Tensor    # (L + 1, B, T, C): what enters each block and, last, what leaves the last one
@@ -150,15 +150,15 @@ def record_stream(
     ids: Tensor # (B, T) int64
 ) -> Stream: # (3 L + 1) B T C numbers, on the model's device
     "The residual stream in evaluation mode. Raises `TypeError` for a model without blocks, and what the model raises for bad ids."
-    kept, writers, blocks = {}, _writers(model), [f'blocks.{i}' for i in range(len(model.blocks))]
+    kept, writers = {}, _writers(model)
+    blocks = [f'blocks.{i}' for i in range(len(model.blocks))]
     def keep(name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
         if name == 'blocks.0': kept['start'] = args[0].float().clone()
         kept[name] = out.float().clone()
     with _watch(model, {name: partial(keep, name) for name in writers + blocks}): model.hidden(ids)
-    stacked = [torch.stack([kept[name] for name in names]) for names in (['start', *blocks], writers[::2], writers[1::2])]
-    return Stream(*stacked)
+    return Stream(*(torch.stack([kept[name] for name in names]) for names in (['start', *blocks], writers[::2], writers[1::2])))
 
-# %% ../nbs/06b_depth.ipynb #d7064693
+# %% ../nbs/06b_depth.ipynb #44671d6d
 class TensorStats(NamedTuple):
     "Summary of a tensor. All but `bad` is about its finite entries."
     mean: float
@@ -174,13 +174,14 @@ def tensor_stats(
     "Mean, size, zeros and a logarithmic histogram of magnitudes; zeros are in no bin. Raises `ValueError` for an empty tensor."
     if x.numel() == 0: raise ValueError(f'a tensor of shape {tuple(x.shape)} is empty: there is nothing to summarise')
     v = x.detach().float().flatten()
-    v, bad = v[v.isfinite()], int((~v.isfinite()).sum())
-    size = v.abs()
-    bins = ((size[size > 0].log10() + 8) * 2).floor().clamp(0, 23).long()
-    if len(v) == 0: return TensorStats(math.nan, math.nan, math.nan, 0., bad, torch.zeros(24, dtype=torch.int64))
-    return TensorStats(v.mean().item(), v.pow(2).mean().sqrt().item(), size.max().item(), (v == 0).float().mean().item(),
+    good = v[v.isfinite()]
+    bad, size = len(v) - len(good), good.abs()
+    if len(good) == 0: return TensorStats(math.nan, math.nan, math.nan, 0., bad, torch.zeros(24, dtype=torch.int64))
+    bins = ((size[size > 0].log10() + 8) * 2).floor().clamp(0, 23).long()                 # 1e-8 -> 0, 1 -> 16
+    return TensorStats(good.mean().item(), good.pow(2).mean().sqrt().item(), size.max().item(), (size == 0).float().mean().item(),
                        bad, torch.bincount(bins, minlength=24).cpu())
 
+# %% ../nbs/06b_depth.ipynb #327f2334
 @torch.no_grad()
 def activation_stats(
     model: GPT, # its mode, weights and hooks are as before afterwards
@@ -190,18 +191,17 @@ def activation_stats(
     parts = [f'blocks.{i}{part}' for i in range(len(_writers(model)) // 2) for part in ('.attn', '.mlp.down_proj', '.mlp', '')]
     found: dict[str, TensorStats] = {}
     def note(name: str, module: nn.Module, args: tuple, out: Tensor) -> None:
-        units = name.endswith('.down_proj')                                             # what it reads are the activated units
+        units = name.endswith('.down_proj')                                               # what it reads are the activated units
         found[name.replace('down_proj', 'units')] = tensor_stats(args[0] if units else out)
     with _watch(model, {name: partial(note, name) for name in ('embed', *parts, 'head')}): model(ids)
     return found
 
-# %% ../nbs/06b_depth.ipynb #4f00465d
 def plot_stats(
     stats: dict[str, TensorStats], # one row each, the first on top
     ax: Any = None,                # matplotlib axes; default: new ones
     title: str = ''                # above the picture
 ) -> Any: # the axes
-    "Histograms of magnitude as rows of a heat map: dark is rare, bright is frequent; an empty row means zeros only."
+    "Histograms of magnitude as rows of a heat map: dark is rare, bright is frequent; an all-dark row means zeros only."
     import matplotlib.pyplot as plt
     if not stats: raise ValueError('stats is empty: give at least one TensorStats')
     if ax is None: ax = plt.subplots(figsize=(4, .5 + .16 * len(stats)))[1]
@@ -226,7 +226,7 @@ def update_ratios(
         ratios[name] = moved / was if was > 0 else math.inf if moved > 0 else 0.
     return ratios
 
-# %% ../nbs/06b_depth.ipynb #bb43d0fa
+# %% ../nbs/06b_depth.ipynb #3ba4e79b
 def _mup_kind(name: str, p: Tensor) -> str:
     if p.dim() < 2 or name.startswith(('embed.', 'pos_embed.')): return 'input'
     return 'output' if name.startswith('head.') else 'hidden'
@@ -249,6 +249,7 @@ def mup_init(
         if p.dim() > 1: p.mul_({'input': ratio**.5, 'hidden': 1., 'output': ratio**-.5}[_mup_kind(name, p)])
     return model
 
+# %% ../nbs/06b_depth.ipynb #f52616d1
 def mup_groups(
     model: GPT,      # as for `mup_init`
     base_width: int, # d_model of the narrow model on which `lr` was tuned

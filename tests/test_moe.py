@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from llm_course.gpt import GPTConfig
 from llm_course.moe import MoE, MoEConfig, Router, balance_loss, expert_capacity, expert_load, moe_flops, moe_gpt, moe_layers, moe_params, plan_dispatch, update_biases
 
-quickly = settings(max_examples=40, deadline=None)
+quickly = settings(max_examples=30, deadline=None)
 seeds = st.integers(0, 2**31)
 
 
@@ -75,6 +75,7 @@ def test_no_position_sees_the_future_with_or_without_capacity(at, capacity, k, s
 def test_capacity_is_the_ceiling_and_never_zero(N, E, factor, data):
     k = data.draw(st.integers(1, E))
     C = expert_capacity(N, E, k, factor)
+    assert expert_capacity(N, E, k, 1e-12) == 1
     assert C >= 1 and C >= factor * N * k / E - 1e-6 and (C == 1 or C - 1 < factor * N * k / E)
 
 @quickly
@@ -99,6 +100,17 @@ def test_parameters_by_formula(n_layer, E, every, dense_first, n_shared, activat
     n = moe_params(config, moe)
     assert n['total'] == sum(p.numel() for p in model.parameters()) and n['active'] <= n['total'] and moe_flops(config, moe) > 0
     assert len(moe_layers(model)) == len(moe.where(n_layer))
+
+@quickly
+@given(st.integers(2, 8), seeds, st.data())
+def test_the_bias_acts_on_the_choice_and_not_on_the_weights(E, seed, data):
+    torch.manual_seed(seed)
+    router = Router(4, E, data.draw(st.integers(1, E)))
+    router.bias.normal_(0, .3)
+    r = router(torch.randn(9, 4)); k = r.experts.shape[1]
+    assert torch.equal(r.experts, (r.probs + router.bias).topk(k).indices)
+    bare = r.probs.gather(1, r.experts)
+    assert torch.allclose(r.weights, bare / bare.sum(-1, keepdim=True) if k > 1 else bare)
 
 def test_the_bias_evens_out_any_load():
     torch.manual_seed(0)
