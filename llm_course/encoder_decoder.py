@@ -282,7 +282,7 @@ def forward(self: EncoderDecoder,
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
     return logits, total / (targets != -100).sum().clamp_min(1)
 
-# %% ../nbs/07b_encoder_decoder.ipynb #c1f1fa89
+# %% ../nbs/07b_encoder_decoder.ipynb #54806e22
 @patch
 @torch.no_grad()
 def generate(self: EncoderDecoder,
@@ -298,7 +298,6 @@ def generate(self: EncoderDecoder,
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for _ in range(max_new_tokens):
         new = self.decode(ids[:, -1:] if cache else ids, memory, source_keep, kept)[:, -1].argmax(-1)       # (B,)
-        new = new.masked_fill(done, c.end_id)
         ids, done = torch.cat((ids, new[:, None]), 1), done | (new == c.end_id)
         if done.all(): break
     return [row[:row.index(c.end_id)] if c.end_id in row else row for row in ids[:, 1:].tolist()]

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from llm_course.attention import MultiHeadAttention
 from llm_course.encoder_decoder import CrossAttention, EncoderDecoder, EncoderDecoderConfig, encoder_decoder_flops, pad_right, shift_right
 
 V = 13
@@ -115,6 +116,9 @@ def test_dropout_acts_in_training_only_and_the_seed_decides():
     source, target_in = random_ids(0, 2, 5), random_ids(1, 2, 4)
     assert torch.equal(a.eval()(source, target_in)[0], b.eval()(source, target_in)[0])
     assert not torch.equal(a.train()(source, target_in)[0], a(source, target_in)[0])
+    for m in a.modules():
+        if isinstance(m, MultiHeadAttention): m.dropout = 0.
+    assert not torch.equal(a(source, target_in)[0], a(source, target_in)[0])       # what the sublayers add is dropped, too
     assert not torch.equal(EncoderDecoder(config, seed=4).eval()(source, target_in)[0], b(source, target_in)[0])
 
 def test_half_precision():
