@@ -108,7 +108,7 @@ class Bert(nn.Module):
             if p.dim() == 2: p.data.normal_(0, self.config.init_std, generator=g)
             else: p.data.fill_(0. if name.endswith('bias') else 1.)
 
-# %% ../nbs/07_families.ipynb #9ae50a37
+# %% ../nbs/07_families.ipynb #e7638587
 @patch
 def _check_inputs(self: Bert, ids: Tensor, segments: Tensor, keep: Tensor|None) -> None:
     c = self.config
@@ -118,6 +118,7 @@ def _check_inputs(self: Bert, ids: Tensor, segments: Tensor, keep: Tensor|None) 
         if t.device.type == 'cpu' and len(bad := t[(t < 0) | (t >= limit)]): raise ValueError(f'{name} {bad[0]} is not in [0, {limit}): do tokenizer and model belong together?')
     if ids.shape[1] > c.max_seq_len: raise ValueError(f'{ids.shape[1]} positions exceed max_seq_len={c.max_seq_len}: cut the text into parts')
     if keep is None: return
+    if not isinstance(keep, Tensor) or keep.dtype != torch.bool: raise TypeError(f'keep is {getattr(keep, "dtype", type(keep).__name__)}, not a tensor of torch.bool: give True for real tokens, for example ids != pad_id')
     if keep.shape != ids.shape: raise ValueError(f'keep of shape {tuple(keep.shape)} does not fit ids of shape {tuple(ids.shape)}')
     if keep.device.type == 'cpu' and not keep.any(1).all(): raise ValueError('a sequence of this batch is nothing but padding: leave it out')
 
@@ -130,8 +131,8 @@ def hidden(
 ) -> Tensor: # (B, T, d_model); rows of the padding mean nothing
     "A vector for each token that has heard all others. Raises `ValueError` or `TypeError` for what does not fit the configuration."
     segments = torch.zeros_like(ids) if segments is None else segments
-    mask = None if keep is None else padding_mask(keep)                     # (B, 1, 1, T)
     self._check_inputs(ids, segments, keep)
+    mask = None if keep is None else padding_mask(keep)                     # (B, 1, 1, T)
     x = self.embed(ids) + self.pos_embed.weight[:ids.shape[1]] + self.type_embed(segments)      # (B, T, C)
     x = self.dropout(self.embed_norm(x))
     for block in self.blocks: x = block(x, mask=mask)
@@ -164,7 +165,7 @@ def forward(self: Bert, ids: Tensor, segments: Tensor|None = None, keep: Tensor|
     total = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction='sum')
     return logits, total / (labels != -100).sum().clamp_min(1)
 
-# %% ../nbs/07_families.ipynb #a6cc2621
+# %% ../nbs/07_families.ipynb #ea02221a
 def mask_tokens(
     ids: Tensor,                # int64, any shape
     special: Collection[int],   # ids that are never hidden, such as [CLS], [SEP] and [PAD]
@@ -176,9 +177,11 @@ def mask_tokens(
     "Hide tokens: of those chosen 80 % become [MASK], 10 % a random word, 10 % stay (Devlin et al., 2019, section 3.1). `ids` stays as it is."
     if not 0 < p < 1: raise ValueError(f'p={p} is not between 0 and 1')
     if not 0 <= mask_id < vocab_size: raise ValueError(f'mask_id={mask_id} is not in the vocabulary [0, {vocab_size})')
+    if ids.dtype != torch.int64: raise TypeError(f'ids have dtype {ids.dtype}, not torch.int64')
     fixed = torch.tensor(sorted({*special, mask_id}), device=ids.device)
     words = torch.arange(vocab_size, device=ids.device)
     words = words[~torch.isin(words, fixed)]
+    if not len(words): raise ValueError(f'all {vocab_size} tokens are special: there is no word to hide')
     chosen = (torch.rand(ids.shape, generator=generator, device=ids.device) < p) & ~torch.isin(ids, fixed)
     dice = torch.rand(ids.shape, generator=generator, device=ids.device)
     random = words[torch.randint(len(words), ids.shape, generator=generator, device=ids.device)]
