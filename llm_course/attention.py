@@ -207,7 +207,7 @@ def forward(self: MultiHeadAttention,
 def _visible(self: MultiHeadAttention, mask: Tensor|None, T_q: int, T_k: int, causal: bool, device: torch.device) -> Tensor|None:
     "The mask that is needed, if any. None: everything, or plainly causal if T_q == T_k."
     if mask is not None:
-        if self.window: mask = mask & torch.ones(T_q, T_k, dtype=torch.bool, device=device).triu(T_k - T_q - self.window + 1)
+        if self.window and causal: mask = mask & torch.ones(T_q, T_k, dtype=torch.bool, device=device).triu(T_k - T_q - self.window + 1)
     elif causal and (1 < T_q < T_k or self.window and T_k > self.window): mask = _may_look(T_q, T_k, device, self.window)
     return mask
 

@@ -18,16 +18,18 @@ from .generation import SamplingConfig, generate
 from .gpt import GPT
 from .tokenization import Tokenizer
 
-# %% ../nbs/08c_constrained.ipynb #53159a16
+# %% ../nbs/08c_constrained.ipynb #0640cfda
 Symbol = str|frozenset # the name of a rule, or a set of bytes of which one must come
 _ITEM = re.compile(r"""\s*(?:(?P<literal>'[^']*'|"[^"]*")|\[(?P<bytes>(?:\\.|[^\]\\])+)\]|(?P<name>\w+)|(?P<bar>\|))(?P<times>[?*+]?)\s*""")
 
 def byte_class(
-    text: str # what stands between [ and ]: characters, ranges such as a-z, and escapes such as \\xc2, \\], \\-, \\\\
+    text: str # what stands between [ and ]: characters, ranges such as a-z, and escapes such as \xc2, \], \-, \\
 ) -> frozenset: # of integers from 0 to 255
     "The set of bytes that a class names. Raises `ValueError` for a character that is more than a byte."
     parts, out, i = re.findall(r'\\x[0-9a-fA-F]{2}|\\.|.', text, re.S), set(), 0
     codes = [int(p[2:], 16) if p.startswith('\\x') else ord(p[-1]) for p in parts]
+    if bad := [p for p in parts if re.fullmatch(r'\\[0-9A-Za-z]', p)]: raise ValueError(f'{bad[0]} in [{text}] is not an escape here: write the byte as \\xHH')
+    if text[:1] == '^' and len(text) > 1: raise ValueError(f'[{text}]: classes cannot be negated; list the bytes, and write \\^ for the character')
     if bad := [c for c in codes if c > 255]: raise ValueError(f'{chr(bad[0])!r} in [{text}] is more than a byte: write its UTF-8 bytes, as \\xHH')
     while i < len(parts):
         last = i + 2 if i + 2 < len(parts) and parts[i + 1] == '-' else i
@@ -221,7 +223,7 @@ class TokenMask:
                 if b not in ways: ways[b] = self.grammar.feed(state, b)
                 if ways[b] is not None: todo.append((child, ways[b]))
 
-# %% ../nbs/08c_constrained.ipynb #5995bcf9
+# %% ../nbs/08c_constrained.ipynb #034d6d15
 class Constrain:
     "A processor for `generate`: only tokens after which the text can still follow the grammar and be finished in time."
     def __init__(self,
@@ -267,10 +269,10 @@ def generate_constrained(
     if end not in tokenizer.special_tokens: raise ValueError(f'end={end!r} is not a special token of this tokenizer: choose one of {list(tokenizer.special_tokens)}')
     end_id = tokenizer.special_tokens[end]
     constrain = Constrain(mask, end_id, max_new_tokens)
-    ids = generate(model, prompt, max_new_tokens, stop_tokens=[end_id], processors=[constrain], **options)
+    ids = generate(model, prompt, max_new_tokens, stop_tokens=[end_id], processors=[*options.pop('processors', ()), constrain], **options)
     return tokenizer.decode([i for i in ids if i != end_id])
 
-# %% ../nbs/08c_constrained.ipynb #bd18e96d
+# %% ../nbs/08c_constrained.ipynb #57427366
 def choice_rules(
     name: str,           # of the rule
     words: Iterable[str] # what it may stand for
@@ -296,17 +298,18 @@ _SCALARS = {'string': 'string', 'number': 'number', 'integer': "'-'? whole", 'bo
 _KNOWN = {'type', 'properties', 'required', 'items', 'enum', 'additionalProperties', 'description', 'title'}
 
 def schema_rules(
-    schema: dict,      # JSON Schema: type, properties, items, enum; every property is written, in the order given
+    schema: dict,      # JSON Schema: type, properties, items, enum; every property is written, in the order given, and no other; an enum is taken as it is, whatever its type
     name: str = 'root' # of the rule that stands for it
 ) -> dict[str, str]: # rules, together with `JSON_RULES` ready for `Grammar`
     "Rules for the JSON values that a schema describes. Raises `ValueError` for a keyword that it does not know: nothing is ignored."
     if extra := set(schema) - _KNOWN: raise ValueError(f'{name}: schema keyword {sorted(extra)[0]!r} is not supported; known are {", ".join(sorted(_KNOWN))}')
     if 'enum' in schema: return choice_rules(name, (json.dumps(v, ensure_ascii=False) for v in schema['enum']))
     kind = schema.get('type')
-    if kind in _SCALARS: return {name: _SCALARS[kind]}
+    if isinstance(kind, str) and kind in _SCALARS: return {name: _SCALARS[kind]}
     if kind == 'array': return {name: f"'[' {name}_all? ']'", f'{name}_all': f'{name}_one {name}_next*', f'{name}_next': f"',' ' '? {name}_one",
                                 **schema_rules(schema.get('items', {}), f'{name}_one')}
     if kind != 'object' or 'properties' not in schema: raise ValueError(f'{name}: type {kind!r} is not supported: give object with properties, array, enum or one of {", ".join(_SCALARS)}')
+    if missing := set(schema.get('required', ())) - set(schema['properties']): raise ValueError(f'{name}: required {sorted(missing)} are not among the properties')
     fields = [(f'{name}_{i}', key, sub) for i, (key, sub) in enumerate(schema['properties'].items())]
     body = " ',' ' '? ".join(f"{_literal(json.dumps(key, ensure_ascii=False).encode())} ':' ' '? {rule}" for rule, key, _ in fields)
     return {name: f"'{{' {body} '}}'"} | {n: text for rule, _, sub in fields for n, text in schema_rules(sub, rule).items()}

@@ -248,7 +248,7 @@ class MoEConfig:
 
     def __post_init__(self):
         if self.every < 1 or self.dense_first < 0: raise ValueError(f'every={self.every}, dense_first={self.dense_first}: must be at least 1 and 0')
-        with torch.device('meta'): self.layer(GPTConfig(1, 1, 1, 1, 2, d_ff=1))              # raises what MoE raises
+        with torch.random.fork_rng(devices=()): self.layer(GPTConfig(1, 1, 1, 1, 2, d_ff=1)) # raises what MoE raises
 
     def layer(self, config: GPTConfig) -> MoE:
         "A new MoE layer for a model of this configuration."

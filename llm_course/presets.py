@@ -29,7 +29,7 @@ def kv_cache_bytes(
     kept = sum(seq_len if w is None else min(w, seq_len) for w in layer_windows(config))
     return 2 * batch * kept * config.n_kv_head * config.head_dim * itemsize
 
-# %% ../nbs/06c_presets.ipynb #7ab1ff28
+# %% ../nbs/06c_presets.ipynb #c1ad0dfb
 def activation_bytes(
     config: GPTConfig, # pre-norm, without QK-norm, soft caps and dropout
     batch: int,        # sequences
@@ -41,8 +41,9 @@ def activation_bytes(
     if c.norm_position != 'pre' or c.qk_norm or c.attn_softcap or c.logit_softcap or c.dropout:
         raise ValueError('this count is for pre-norm blocks without QK-norm, soft caps and dropout: measure the others')
     q, kv, norm = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, 3 * c.d_model + 1 if c.norm == 'rmsnorm' else 2 * c.d_model + 2
-    layer = 2 * norm + (3 if c.position == 'rope' else 2) * q + 2 * kv + c.n_head + (4 if ACTIVATIONS[c.activation][1] else 2) * c.d_ff
-    return batch * seq_len * itemsize * (c.n_layer * layer + norm + c.vocab_size)
+    layer = 2 * norm + (3 if c.position == 'rope' else 2) * q + 2 * kv + c.n_head + (4 if ACTIVATIONS[c.activation][1] else 1 if c.activation == 'relu' else 2) * c.d_ff
+    masks = sum(w is not None and w < seq_len for w in layer_windows(c)) * seq_len**2     # a window needs a mask of numbers in each layer
+    return itemsize * (batch * seq_len * (c.n_layer * layer + norm + c.vocab_size) + masks)
 
 def training_bytes(
     config: GPTConfig,  # as for `activation_bytes`

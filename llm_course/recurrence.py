@@ -16,12 +16,14 @@ from .attention import KVCache, RMSNorm
 from .core import generator
 from .gpt import GPT, GPTConfig
 
-# %% ../nbs/07d_recurrence.ipynb #a2b620e5
+# %% ../nbs/07d_recurrence.ipynb #a9cfac8a
 def _check_linear(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor|None, chunk: int) -> None:
     if not q.dim() == k.dim() == v.dim() == 4 or q.shape != k.shape or k.shape[:-1] != v.shape[:-1]:
         raise ValueError(f'q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)} do not fit: give (B, H, T, D), (B, H, T, D) and (B, H, T, Dv)')
     if log_decay is not None and log_decay.shape != q.shape[:3]:
         raise ValueError(f'log_decay {tuple(log_decay.shape)} does not fit q {tuple(q.shape)}: give (B, H, T), one number for each head and position')
+    if q.shape[2] == 0: raise ValueError(f'q {tuple(q.shape)} has no positions: give at least one')
+    if log_decay is not None and bool(log_decay.isneginf().any()): raise ValueError('log_decay has -inf: to forget everything give a finite number, such as -100')
     if log_decay is not None and not bool((log_decay <= 0).all()): raise ValueError(f'log_decay has {log_decay.max():.3g}: a decay above 1 explodes, give logarithms of at most 0')
     if type(chunk) is not int or chunk < 1: raise ValueError(f'chunk={chunk!r}: give a positive number of positions')
 
@@ -33,7 +35,7 @@ def linear_attention(
     state: Tensor|None = None,     # what went before, (B, H, D, Dv); default nothing
     chunk: int = 64                # positions that are computed at once
 ) -> tuple[Tensor, Tensor]: # outputs (B, H, T, Dv) and the state after the last position
-    "Causal linear attention with decay (Katharopoulos et al. 2020, equation 9; Dao and Gu 2024, section 6). Raises `ValueError` for what does not fit."
+    "Causal linear attention with decay (after Katharopoulos et al. 2020, equation 9, without feature map and division; Dao and Gu 2024, section 6). Raises `ValueError` for what does not fit."
     _check_linear(q, k, v, log_decay, chunk)
     if log_decay is None: log_decay = q.new_zeros(q.shape[:3])
     if state is None: state = q.new_zeros(*q.shape[:2], q.shape[-1], v.shape[-1])
@@ -47,13 +49,13 @@ def linear_attention(
         state = state * L[..., -1].exp()[..., None, None] + (kc * rest).mT @ vc # (B, H, D, Dv)
     return torch.cat(out, 2), state
 
-# %% ../nbs/07d_recurrence.ipynb #7aa0c6a9
+# %% ../nbs/07d_recurrence.ipynb #56763660
 def discretize(
     a: Tensor,   # rates of forgetting, negative, (N,)
     b: Tensor,   # weights of the input, (N,)
     step: float  # length of a time step, positive
 ) -> tuple[Tensor, Tensor]: # decay and weight of the input for one step, (N,) each
-    "Exact solution over a step during which the input stands still (zero-order hold; Gu et al. 2022, appendix)."
+    "Exact solution over a step during which the input stands still (zero-order hold, as in Gupta et al. 2022)."
     if not step > 0: raise ValueError(f'step={step}: time has to move forward, give a positive number')
     if not bool((a < 0).all()): raise ValueError(f'a has {a.max():.3g}: a rate of 0 or more never forgets, give negative numbers')
     decay = (step * a).exp()
@@ -68,7 +70,7 @@ def ssm_kernel(
     decay, weight = discretize(a, b, step)
     return (c * weight * decay ** torch.arange(T)[:, None]).sum(-1)                     # (T, N) -> (T,)
 
-# %% ../nbs/07d_recurrence.ipynb #20e7e92a
+# %% ../nbs/07d_recurrence.ipynb #313a1afd
 class GatedLinearAttention(nn.Module):
     "A causal layer with a memory of fixed size, in place of `MultiHeadAttention` (after Yang et al. 2024 and Dao and Gu 2024). (B, T, d_model) in and out."
     def __init__(self,
@@ -87,7 +89,7 @@ class GatedLinearAttention(nn.Module):
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor]|None = None, mask: Tensor|None = None, cache: KVCache|None = None) -> Tensor:
         "As `MultiHeadAttention`, but `rope` is ignored, because order is in the decay, and masks and caches are refused: use `step`."
-        if mask is not None or cache is not None: raise ValueError('a recurrent layer has neither mask nor KV cache: its memory is a state, use step')
+        if mask is not None or cache is not None: raise ValueError('a recurrent layer has neither mask nor KV cache: pad on the right and ignore those outputs; to go on from a state, use step')
         return self.step(x)[0]
 
     def step(self, x: Tensor, state: Tensor|None = None) -> tuple[Tensor, Tensor]:
@@ -99,9 +101,9 @@ class GatedLinearAttention(nn.Module):
         out = self.out_norm(out).transpose(1, 2).reshape(B, T, C)
         return self.o_proj(out * F.silu(self.gate_proj(x))), state
 
-# %% ../nbs/07d_recurrence.ipynb #f2f46e27
+# %% ../nbs/07d_recurrence.ipynb #b34bc142
 def recurrent_gpt(
-    config: GPTConfig, # shape of the model; norms, MLPs and head are used as they are
+    config: GPTConfig, # shape of the model; norms, MLPs and head are used as they are; what concerns attention (key heads, head_dim, window, soft cap, QK-norm) is ignored
     seed: int = 0,     # of the initial weights
     chunk: int = 64    # positions that are computed at once
 ) -> GPT: # its blocks have `GatedLinearAttention` as attn
