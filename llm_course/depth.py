@@ -68,10 +68,10 @@ def rms_norm_backward(
     dx = inverse * (g - normed * (g * normed).mean(-1, keepdim=True))
     return dx.to(x.dtype), (dy * normed).reshape(-1, x.shape[-1]).sum(0).to(x.dtype)
 
-# %% ../nbs/06b_depth.ipynb #d278e6e5
+# %% ../nbs/06b_depth.ipynb #efd696c5
 def relu(x: Tensor) -> Tensor:
     "max(0, x), elementwise (Nair and Hinton, 2010)."
-    return torch.where(x > 0, x, 0.)
+    return torch.where(x <= 0, 0., x)
 
 def relu2(x: Tensor) -> Tensor:
     "max(0, x) squared, elementwise (So et al., 2021)."
