@@ -20,14 +20,13 @@ from torch import Tensor, nn
 
 from .gpt import GPT
 
-# %% ../nbs/06b_depth.ipynb #7df60d9e
+# %% ../nbs/06b_depth.ipynb #f594bbb9
 def _check_norm(x: Tensor, params: dict[str, Tensor|None], eps: float) -> None:
     if not x.is_floating_point(): raise TypeError(f'x has dtype {x.dtype}: a norm needs floating-point numbers, for example x.float()')
     if x.dim() == 0 or x.shape[-1] == 0: raise ValueError(f'x of shape {tuple(x.shape)} has no channels: a norm needs at least one in the last dimension')
     if not eps >= 0: raise ValueError(f'eps={eps}: must be 0 or more, for example 1e-5')
-    for name, p in params.items():
-        if p is not None and p.shape != x.shape[-1:]:
-            raise ValueError(f'{name} of shape {tuple(p.shape)} does not fit x of shape {tuple(x.shape)}: give one number for each of the last {x.shape[-1]} channels')
+    for name, p in ((n, p) for n, p in params.items() if p is not None and p.shape != x.shape[-1:]):
+        raise ValueError(f'{name} of shape {tuple(p.shape)} does not fit x of shape {tuple(x.shape)}: give one number for each of the last {x.shape[-1]} channels')
 
 def rms_norm(
     x: Tensor,                 # (..., C), floating point

@@ -282,7 +282,7 @@ def forward(self: EncoderDecoder,
     total = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction='sum')
     return logits, total / (targets != -100).sum().clamp_min(1)
 
-# %% ../nbs/07b_encoder_decoder.ipynb #54806e22
+# %% ../nbs/07b_encoder_decoder.ipynb #4f0372b2
 @patch
 @torch.no_grad()
 def generate(self: EncoderDecoder,
@@ -291,18 +291,24 @@ def generate(self: EncoderDecoder,
              source_keep: Tensor|None = None, # bool, (B, S): False for padding
              cache: bool = True               # whether to keep keys and values; the result is the same
             ) -> list[list[int]]:             # for each source what was written, without the end token
-    "Greedy decoding: always the likeliest token. The encoder runs once. Raises `ValueError` as `encode` does, or for fewer than one token."
+    "Greedy decoding: always the likeliest token, without dropout. The encoder runs once. Raises `ValueError` as `encode` does, or for fewer than one token."
     _check(type(max_new_tokens) is int and max_new_tokens > 0, f'max_new_tokens={max_new_tokens!r}: must be a positive integer')
-    c, memory, kept = self.config, self.encode(source, source_keep), DecoderCache() if cache else None
-    ids = torch.full_like(source[:, :1], c.start_id)
+    training, end = self.training, self.config.end_id
+    try: rows = self.eval()._greedy(source, max_new_tokens, source_keep, cache).tolist()
+    finally: self.train(training)
+    return [row[:row.index(end)] if end in row else row for row in rows]
+
+@patch
+def _greedy(self: EncoderDecoder, source: Tensor, max_new_tokens: int, source_keep: Tensor|None, cache: bool) -> Tensor:
+    memory, kept, ids = self.encode(source, source_keep), DecoderCache() if cache else None, torch.full_like(source[:, :1], self.config.start_id)
     done = torch.zeros(len(source), dtype=torch.bool, device=source.device)
     for _ in range(max_new_tokens):
         new = self.decode(ids[:, -1:] if cache else ids, memory, source_keep, kept)[:, -1].argmax(-1)       # (B,)
-        ids, done = torch.cat((ids, new[:, None]), 1), done | (new == c.end_id)
+        ids, done = torch.cat((ids, new[:, None]), 1), done | (new == self.config.end_id)
         if done.all(): break
-    return [row[:row.index(c.end_id)] if c.end_id in row else row for row in ids[:, 1:].tolist()]
+    return ids[:, 1:]                                                                                       # (B, T), rubbish behind an end
 
-# %% ../nbs/07b_encoder_decoder.ipynb #0c6d7bd3
+# %% ../nbs/07b_encoder_decoder.ipynb #ec415fcb
 @patch
 @torch.no_grad()
 def cross_weights(self: EncoderDecoder,
@@ -310,12 +316,14 @@ def cross_weights(self: EncoderDecoder,
                   target_in: Tensor,               # from `shift_right`, int64, (B, T)
                   source_keep: Tensor|None = None  # bool, (B, S): False for padding
                  ) -> Tensor: # (n_decoder_layer, B, H, T, S); each row adds up to 1
-    "How much each place of the target looks at each place of the source, in every layer and head (the alignments of Bahdanau et al. 2014, figure 3)."
-    memory, mask, found = self.encode(source, source_keep), None if source_keep is None else padding_mask(source_keep), []
+    "How much each place of the target looks at each place of the source, in every layer and head, without dropout (the alignments of Bahdanau et al. 2014, figure 3)."
+    training, mask, found = self.training, None if source_keep is None else padding_mask(source_keep), []
+    memory = self.eval().encode(source, source_keep)
     hooks = [layer.cross.register_forward_pre_hook(lambda cross, args: found.append(cross.weights(args[0], memory, mask))) for layer in self.decoder.layers]
     try: self.decode(target_in, memory, source_keep)
     finally:
         for hook in hooks: hook.remove()
+        self.train(training)
     return torch.stack(found)
 
 # %% ../nbs/07b_encoder_decoder.ipynb #b956c763

@@ -212,7 +212,7 @@ def _check_fit(mask: BlockMask, q: Tensor, k: Tensor) -> None:
     if mask.table.shape[0] not in (1, B) or mask.table.shape[1] not in (1, H):
         raise ValueError(f'the mask has {mask.table.shape[0]} sequences and {mask.table.shape[1]} heads, the queries {B} and {H}: each must be equal, or 1')
 
-# %% ../nbs/05b_sparse.ipynb #531c5016
+# %% ../nbs/05b_sparse.ipynb #ff2cab01
 def block_sparse_attention(
     q: Tensor,                # queries, (B, H, T_q, D)
     k: Tensor,                # keys, (B, H_kv, T_k, D), H a multiple of H_kv
@@ -228,11 +228,11 @@ def block_sparse_attention(
     _check_fit(mask, q, k)
     if group > 1: k, v = k.repeat_interleave(group, 1), v.repeat_interleave(group, 1)          # (B, H, T_k, D)
     q, k, v = (_to_blocks(x, mask) for x in (q, k, v))                                         # (R, n·G, b, D)
-    pieces = []
+    pieces, nothing = [], sum(x[..., :0].sum() for x in (q, k, v))                             # 0, and has zero gradients
     for rows, keys, may in mask.groups:
         near = [x.index_select(1, keys.flatten()).unflatten(1, keys.shape).flatten(2, 3) for x in (k, v)]  # (R, rows, m·b, D)
         pieces.append(F.scaled_dot_product_attention(q.index_select(1, rows), *near, may[None], scale=scale) if keys.shape[1]
-                      else q.new_zeros(len(q), len(rows), q.shape[2], v.shape[-1]))
+                      else nothing.expand(len(q), len(rows), q.shape[2], v.shape[-1]))
     order = torch.cat([rows for rows, _, _ in mask.groups]).argsort()
     return _from_blocks(torch.cat(pieces, 1).index_select(1, order), mask, B, H)
 

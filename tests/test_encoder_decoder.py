@@ -121,6 +121,14 @@ def test_dropout_acts_in_training_only_and_the_seed_decides():
     assert not torch.equal(a(source, target_in)[0], a(source, target_in)[0])       # what the sublayers add is dropped, too
     assert not torch.equal(EncoderDecoder(config, seed=4).eval()(source, target_in)[0], b(source, target_in)[0])
 
+def test_what_is_only_read_is_read_without_dropout():
+    model = EncoderDecoder(EncoderDecoderConfig(V, 2, 2, 8, dropout=.5))
+    source, target_in = random_ids(0, 2, 5), random_ids(1, 2, 4)
+    written, weights = model.generate(source, 6), model.cross_weights(source, target_in)
+    assert model.training and written == model.generate(source, 6, cache=False) and torch.equal(weights, model.cross_weights(source, target_in))
+    model.eval().generate(source, 2); model.cross_weights(source, target_in)
+    assert not model.training
+
 def test_half_precision():
     model = EncoderDecoder(EncoderDecoderConfig(V, 1, 2, 8)).bfloat16()
     assert model(random_ids(0, 1, 4), random_ids(1, 1, 3))[0].dtype == torch.bfloat16
