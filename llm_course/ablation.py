@@ -24,7 +24,7 @@ from .corpus import split_documents
 from .gpt import GPT, GPTConfig
 from .tokenization import BPETokenizer
 
-# %% ../nbs/06d_ablation.ipynb #7db188ca
+# %% ../nbs/06d_ablation.ipynb #f77060db
 SMALL: dict[str, int] = dict(vocab_size=512, max_seq_len=64, n_layer=2, n_head=4, d_model=96) # the shape of every run on this page
 
 SIX_LINES: dict[str, dict] = { # from GPT-2 to Llama
@@ -35,7 +35,7 @@ SIX_LINES: dict[str, dict] = { # from GPT-2 to Llama
     'GQA':         dict(n_kv_head=2),
     'untied head': dict(tie_embeddings=False)}
 
-MORE_LINES: dict[str, dict] = { # and some that came later
+MORE_LINES: dict[str, dict] = { # and some that came later, for your own experiments
     'QK-norm':      dict(qk_norm=True),
     'squared ReLU': dict(activation='relu2'),
     'zero writers': dict(residual_init='zero'),

@@ -191,7 +191,9 @@ class BlockMask:
         return cls.from_mod(lambda b, h, t, s: mask[..., t[:, 0], :], *mask.shape[-2:], block_size, device=mask.device)
 
     @cached_property
-    def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]: return _group(self.table, self.squares)
+    def groups(self) -> list[tuple[Tensor, Tensor, Tensor]]:
+        "Rows of squares with equally many keys: their numbers, the blocks of keys of each, and what may be seen. Made once."
+        return _group(self.table, self.squares)
 
 # %% ../nbs/05b_sparse.ipynb #c5f25679
 def _to_blocks(x: Tensor, mask: BlockMask) -> Tensor:

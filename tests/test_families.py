@@ -38,6 +38,8 @@ def test_every_real_token_is_heard_everywhere(T, seed, data):
     other = ids.clone(); other[0, at] = (ids[0, at] + 1 + data.draw(st.integers(0, V - 2))) % V
     with torch.no_grad(): moved = (BERT.hidden(other, segments, keep) - BERT.hidden(ids, segments, keep)).abs().amax(-1)[0]
     assert (moved[:T] > 1e-6).all()
+    with torch.no_grad(): moved = (BERT.hidden(other[:, :T]) - BERT.hidden(ids[:, :T])).abs().amax(-1)[0]        # without any mask
+    assert (moved > 1e-6).all()
 
 @quickly
 @given(lengths, seeds, st.randoms())
