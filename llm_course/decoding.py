@@ -79,7 +79,7 @@ def generate_with_logprobs(
 
 # %% ../nbs/08b_decoding.ipynb #2a6e2b9e
 class Hypothesis(NamedTuple):
-    "A candidate of beam search: new tokens (with the stop token, if there is one), the logarithm of their probability, and logprob / length**alpha."
+    "A candidate of beam search: new tokens (with the stop token, if there is one), the logarithm of their probability, and `logprob / length**alpha`."
     ids: list[int]
     logprob: float
     score: float

@@ -151,7 +151,7 @@ def _cut(strip: Tensor, rows: int, T_k: int, b: int) -> tuple[Tensor, Tensor]:
     some, every = squares.flatten(3).any(-1), squares.flatten(3).all(-1)
     return some.to(torch.int8) + every, squares[some]
 
-# %% ../nbs/05b_sparse.ipynb #2db78e6a
+# %% ../nbs/05b_sparse.ipynb #c122919f
 def _group(table: Tensor, squares: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
     "For all rows of squares with m squares each: the rows (R,), their key blocks (R, m), and their mask (R, b, m·b)."
     B, H, n_q, n_k = table.shape
@@ -159,10 +159,10 @@ def _group(table: Tensor, squares: Tensor) -> list[tuple[Tensor, Tensor, Tensor]
     count, found = some.sum(1), []
     first = count.cumsum(0) - count                                 # where the squares of each row begin
     for m in count.unique().tolist():
-        rows = (count == m).nonzero()[:, 0]                                                    # (R,)
-        keys = some[rows].nonzero()[:, 1].view(len(rows), m) * (B * H) + rows[:, None] % (B * H)   # (R, m)
-        of_rows = squares[first[rows, None] + torch.arange(m, device=rows.device)]             # (R, m, b, b)
-        found.append((rows, keys, of_rows.transpose(1, 2).flatten(2)))
+        for rows in (count == m).nonzero()[:, 0].split(max(1, 128 // max(m, 1))):              # (R,): at most about 128 squares at a time
+            keys = some[rows].nonzero()[:, 1].view(len(rows), m) * (B * H) + rows[:, None] % (B * H)   # (R, m)
+            of_rows = squares[first[rows, None] + torch.arange(m, device=rows.device)]         # (R, m, b, b)
+            found.append((rows, keys, of_rows.transpose(1, 2).flatten(2)))
     return found
 
 # %% ../nbs/05b_sparse.ipynb #543fe917
