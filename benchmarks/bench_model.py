@@ -2,7 +2,7 @@
 against `GPT2LMHeadModel`, the Llama recipe against `LlamaForCausalLM`, both as they are and through torch.compile.
 
 Before anything is timed, the logits of both sides are compared and must agree. The sides alternate in one run. Reported are medians over the
-rounds, medians of the ratios within a round (to transformers in the same mode), and the fastest round, which other work on the machine
+rounds, medians of the ratios within a round (to transformers in the same mode) with a 95 % bootstrap interval, and the fastest round, which other work on the machine
 disturbs least. The time that torch.compile takes is in the first call, which is not part of the medians.
 """
 import argparse
@@ -105,13 +105,20 @@ def measure(pair: tuple[GPT, torch.nn.Module], a: argparse.Namespace) -> tuple[d
         for name in order: times[name].append(seconds(steps[name]))
     return times, first, gap
 
+def interval(ratios: list[float], draws: int = 2000) -> tuple[float, float]:
+    "The 95 % bootstrap interval of the median."
+    r, picks = torch.tensor(ratios), torch.randint(len(ratios), (draws, len(ratios)), generator=generator(0))
+    low, high = r[picks].median(dim=1).values.quantile(torch.tensor([.025, .975])).tolist()
+    return low, high
+
 def table(times: dict[str, list[float]], first: dict[str, float], tokens: int) -> str:
-    "A Markdown table: median and fastest step, and speed against transformers in the same mode: the median of the ratios within a round, and the ratio of the fastest."
-    lines = ['| side | ms a step, median | fastest | tokens/s | speed against transformers | of the fastest | first call, s |', '|:--|--:|--:|--:|--:|--:|--:|']
+    "A Markdown table: median and fastest step, and speed against transformers in the same mode: the median of the ratios within a round with its interval, and the ratio of the fastest."
+    lines = ['| side | ms a step, median | fastest | tokens/s | speed against transformers | 95 % interval | of the fastest | first call, s |', '|:--|--:|--:|--:|--:|--:|--:|--:|']
     for name, ts in times.items():
         against = times[name.replace('ours', 'transformers')]
-        ratio = statistics.median(b / t for t, b in zip(ts, against))
-        lines.append(f'| {name} | {1e3 * statistics.median(ts):.0f} | {1e3 * min(ts):.0f} | {tokens / statistics.median(ts):,.0f} | {ratio:.2f} | {min(against) / min(ts):.2f} | {first[name]:.1f} |')
+        ratios = [b / t for t, b in zip(ts, against)]
+        low, high = interval(ratios)
+        lines.append(f'| {name} | {1e3 * statistics.median(ts):.0f} | {1e3 * min(ts):.0f} | {tokens / statistics.median(ts):,.0f} | {statistics.median(ratios):.2f} | {low:.2f} to {high:.2f} | {min(against) / min(ts):.2f} | {first[name]:.1f} |')
     return '\n'.join(lines)
 
 def main() -> None:

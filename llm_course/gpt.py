@@ -211,7 +211,11 @@ class Block(nn.Module):
         x = self.norm1(x + self.dropout(self.attn(x, rope=rope, mask=mask, cache=cache)))
         return self.norm2(x + self.dropout(self.mlp(x)))
 
-# %% ../nbs/06_gpt.ipynb #4e6967c0
+# %% ../nbs/06_gpt.ipynb #9e93aa7a
+def _on_host(t: Tensor) -> bool:
+    "Whether looking at the values of t is free: on a device it would wait, under torch.compile it would cut the graph."
+    return t.device.type == 'cpu' and not torch.compiler.is_compiling()
+
 class GPT(nn.Module):
     "A decoder-only transformer of the GPT-2 or the Llama family. `seed` fixes the initial weights without touching shared random state."
     def __init__(self, config: GPTConfig, seed: int = 0):
@@ -236,11 +240,11 @@ class GPT(nn.Module):
         _check(ids.numel() > 0, f'ids of shape {tuple(ids.shape)} are empty: a model needs at least one token')
         _check(start + ids.shape[1] <= c.max_seq_len, f'{start + ids.shape[1]} positions exceed max_seq_len={c.max_seq_len}: '
                'shorten the input, or build the model with a longer context')
-        if ids.device.type == 'cpu' and (ids.min() < 0 or ids.max() >= c.vocab_size):   # elsewhere this would wait for the device
+        if _on_host(ids) and (ids.min() < 0 or ids.max() >= c.vocab_size):
             bad = ids[(ids < 0) | (ids >= c.vocab_size)][0].item()
             raise ValueError(f'id {bad} is not in the vocabulary [0, {c.vocab_size}): do the tokenizer and the model belong together?')
 
-# %% ../nbs/06_gpt.ipynb #f6f1fce9
+# %% ../nbs/06_gpt.ipynb #50cb624e
 @patch
 def _positions(self: GPT, positions: Tensor|None, start: int, T: int) -> slice|Tensor:
     "What to look up in the tables of positions: by default the next T after `start`."
@@ -248,14 +252,14 @@ def _positions(self: GPT, positions: Tensor|None, start: int, T: int) -> slice|T
     limit = self.config.max_seq_len
     _check(positions.dtype == torch.int64 and positions.dim() in (1, 2) and positions.shape[-1] == T,
            f'positions must be int64 of shape ({T},) or (B, {T}), got {positions.dtype} of shape {tuple(positions.shape)}')
-    _check(positions.device.type != 'cpu' or bool(((positions >= 0) & (positions < limit)).all()),
+    _check(not _on_host(positions) or bool(((positions >= 0) & (positions < limit)).all()),
            f'positions from {positions.min()} to {positions.max()} are not all in [0, {limit}), the range of max_seq_len')
     return positions
 
 @patch
 def hidden(self: GPT, ids: Tensor, mask: Tensor|None = None, cache: KVCache|None = None, positions: Tensor|None = None) -> Tensor:
     """Final hidden states after the last norm: ids (B, T) int64 -> (B, T, d_model). `mask` replaces the causal one (see `MultiHeadAttention`);
-    `positions`, int64 (T,) or (B, T), replace 0, 1, 2, ... Raises `ValueError` for ids outside the vocabulary (checked on the CPU only)
+    `positions`, int64 (T,) or (B, T), replace 0, 1, 2, ... Raises `ValueError` for ids outside the vocabulary (checked on the CPU only, not under `torch.compile`)
     or more than `max_seq_len` positions."""
     start, T = (cache.length if cache is not None else 0), ids.shape[-1]
     self._check_ids(ids, start)
