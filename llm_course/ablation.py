@@ -24,7 +24,7 @@ from .corpus import split_documents
 from .gpt import GPT, GPTConfig
 from .tokenization import BPETokenizer
 
-# %% ../nbs/06d_ablation.ipynb #f77060db
+# %% ../nbs/06d_ablation.ipynb #6a24190e
 SMALL: dict[str, int] = dict(vocab_size=512, max_seq_len=64, n_layer=2, n_head=4, d_model=96) # the shape of every run on this page
 
 SIX_LINES: dict[str, dict] = { # from GPT-2 to Llama
@@ -35,7 +35,7 @@ SIX_LINES: dict[str, dict] = { # from GPT-2 to Llama
     'GQA':         dict(n_kv_head=2),
     'untied head': dict(tie_embeddings=False)}
 
-MORE_LINES: dict[str, dict] = { # and some that came later, for your own experiments
+MORE_LINES: dict[str, dict] = { # and four that came later
     'QK-norm':      dict(qk_norm=True),
     'squared ReLU': dict(activation='relu2'),
     'zero writers': dict(residual_init='zero'),
@@ -228,7 +228,7 @@ def _measure(name: str, config: GPTConfig, text: SmallText, seed: int, settings:
 
 def _refuse_mixing(row: dict, config: GPTConfig, text: SmallText, settings: dict) -> None:
     for what, had, wants in (('config', GPTConfig.from_dict(row['config']), config), ('settings', row['settings'], settings), ('text', row['text'], text.fingerprint)):
-        if had != wants: raise ValueError(f'{row["variant"]!r} with seed {row["seed"]} is in the log with another {what}: had {had}, now {wants}. Give the variant another name, or use another file')
+        if had != wants: raise ValueError(f'{row["variant"]!r} with seed {row["seed"]} is in the log with other {what}: had {had}, now {wants}. Give the variant another name, or use another file')
 
 # %% ../nbs/06d_ablation.ipynb #f706c623
 def run_ablation(

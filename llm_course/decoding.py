@@ -29,6 +29,7 @@ def score(
 ) -> Tensor: # natural logarithms of the probabilities of the other tokens, (len(ids) - prompt_len,)
     "How likely the model finds each token of a text, given all before it: one forward pass. Raises `ValueError` for a text that does not fit."
     ids, limit = _as_ids('ids', ids), model.config.max_seq_len
+    if len(ids) < 2: raise ValueError(f'nothing to score in {ids}: the first token has no probability, so give at least two')
     if not 1 <= prompt_len < len(ids):
         raise ValueError(f'prompt_len={prompt_len} of {len(ids)} tokens: the first has no probability, and at least one must be left to score; choose from 1 to {len(ids) - 1}')
     if len(ids) > limit + 1: raise ValueError(f'{len(ids)} tokens exceed max_seq_len={limit} by more than the last, which is not read: score the text in pieces')

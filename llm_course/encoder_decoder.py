@@ -105,7 +105,8 @@ _CHOICES = dict(norm=('rmsnorm', 'layernorm'), norm_position=('pre', 'post'), po
 def _fill_and_validate(self: EncoderDecoderConfig) -> None:
     for name in ('vocab_size', 'n_layer', 'n_head', 'd_model', 'n_decoder_layer', 'head_dim', 'd_ff', 'num_buckets', 'max_distance'):
         value = getattr(self, name)
-        _check(value is None or type(value) is int and value > 0, f'{name}={value!r}: must be a positive integer')
+        filled_in = value is None and name in ('n_decoder_layer', 'head_dim', 'd_ff')
+        _check(filled_in or type(value) is int and value > 0, f'{name}={value!r}: must be a positive integer')
     _check(self.head_dim is not None or self.d_model % self.n_head == 0, f'd_model={self.d_model} is not a multiple of n_head={self.n_head}: change one of them, or give head_dim')
     for name, value in dict(n_decoder_layer=self.n_layer, head_dim=self.d_model // self.n_head, d_ff=4 * self.d_model).items():
         if getattr(self, name) is None: object.__setattr__(self, name, value)
@@ -317,10 +318,11 @@ def cross_weights(self: EncoderDecoder,
                   source_keep: Tensor|None = None  # bool, (B, S): False for padding
                  ) -> Tensor: # (n_decoder_layer, B, H, T, S); each row adds up to 1
     "How much each place of the target looks at each place of the source, in every layer and head, without dropout (the alignments of Bahdanau et al. 2014, figure 3)."
-    training, mask, found = self.training, None if source_keep is None else padding_mask(source_keep), []
-    memory = self.eval().encode(source, source_keep)
-    hooks = [layer.cross.register_forward_pre_hook(lambda cross, args: found.append(cross.weights(args[0], memory, mask))) for layer in self.decoder.layers]
-    try: self.decode(target_in, memory, source_keep)
+    training, mask, found, hooks = self.training, None if source_keep is None else padding_mask(source_keep), [], []
+    try:
+        memory = self.eval().encode(source, source_keep)
+        hooks = [layer.cross.register_forward_pre_hook(lambda cross, args: found.append(cross.weights(args[0], memory, mask))) for layer in self.decoder.layers]
+        self.decode(target_in, memory, source_keep)
     finally:
         for hook in hooks: hook.remove()
         self.train(training)

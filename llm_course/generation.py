@@ -262,7 +262,7 @@ def generate_stream(
     prompt, stop, V = _as_ids('prompt', prompt), frozenset(_as_ids('stop_tokens', stop_tokens)), model.config.vocab_size
     max_new_tokens, = _as_ids('max_new_tokens', [max_new_tokens])
     _check_prompt(model, prompt, max_new_tokens, slide and cache is None)
-    _check_vocabulary(V, prompt=prompt, stop_tokens=stop)
+    _check_vocabulary(V, prompt=prompt, stop_tokens=stop, logit_bias=config.logit_bias or ())
     if cache is not None and cache.length >= len(prompt):
         raise ValueError(f'the cache holds {cache.length} positions and the prompt has {len(prompt)} tokens: take a new cache, or a prompt that goes on')
     closed, processors = _closed(V, allowed_ids), list(processors)

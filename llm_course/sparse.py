@@ -8,7 +8,7 @@ __all__ = ['EMPTY', 'PARTIAL', 'FULL', 'prefix_mask', 'strided_mask', 'global_ma
            'attention_with_sink']
 
 # %% ../nbs/05b_sparse.ipynb #e7fbff10
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -39,7 +39,7 @@ def strided_mask(
     T: int,     # number of positions
     stride: int # the last `stride` positions are seen, and every stride-th before them; about the root of T is cheapest
 ) -> Tensor: # bool, (T, T)
-    "Causal strided pattern (Child et al. 2019, section 4.2, both heads in one). Raises `ValueError` for a stride below 1."
+    "Causal strided pattern (Child et al. 2019, section 4.3, both heads in one). Raises `ValueError` for a stride below 1."
     _whole_number('stride', stride, 'a position sees at least itself')
     distance = torch.arange(T)[:, None] - torch.arange(T)                                      # (T, T): t - s
     return (distance >= 0) & ((distance < stride) | (distance % stride == 0))
