@@ -151,7 +151,7 @@ def test_complete_with_stop_strings_across_tokens_and_characters():
     (lambda m: generate_batch(m, [[1]], 0), 'max_new_tokens=0', ValueError),
     (lambda m: generate_batch(m, [[1], [2]], 1, generators=[generator(0)]), '1 generators for 2 prompts', ValueError),
     (lambda m: left_pad([[1.5]]), r'prompts\[0\] is not a flat sequence', TypeError),
-    (lambda m: score(m, []), 'prompt_len=1 of 0 tokens', ValueError),
+    (lambda m: score(m, []), r'nothing to score in \[\]', ValueError),
     (lambda m: score(m, [1] * 42), '42 tokens exceed max_seq_len=40', ValueError),
     (lambda m: generate_with_logprobs(m, [1], 3, top=-2), 'top=-2', ValueError),
     (lambda m: complete(m, CharTokenizer('ab'), 'a', 5, stop=['']), 'a stop string is empty', ValueError),
