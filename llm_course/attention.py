@@ -143,7 +143,14 @@ class ConcatCache:
         self.kept[layer] = k, v
         return k, v
 
-# %% ../nbs/05_attention.ipynb #53edbbe2
+# %% ../nbs/05_attention.ipynb #e78cc7af
+def _check_heads(d_model: int, n_head: int, n_kv_head: int, head_dim: int|None) -> None:
+    if n_head < 1 or head_dim is None and d_model % n_head:
+        raise ValueError(f'd_model {d_model} is not divisible by n_head {n_head}: choose a divisor, or give head_dim')
+    if n_kv_head < 1 or n_head % n_kv_head:
+        raise ValueError(f'n_head {n_head} is not divisible by n_kv_head {n_kv_head}: choose a divisor, so that groups have equal size')
+
+# %% ../nbs/05_attention.ipynb #fde060ee
 class MultiHeadAttention(nn.Module):
     "Self-attention or cross-attention with grouped key/value heads (Ainslie et al. 2023), optional RoPE, QK-norm, window and cache."
     def __init__(self,
@@ -166,11 +173,8 @@ class MultiHeadAttention(nn.Module):
         _check_window(window); _check_softcap(softcap)
         if window and not causal: raise ValueError(f'window={window} with causal=False: a window looks back')
         if softcap and dropout: raise ValueError(f'softcap={softcap} with dropout={dropout}: no kernel here does both, set one of them to its default')
-        if n_head < 1 or head_dim is None and d_model % n_head:
-            raise ValueError(f'd_model {d_model} is not divisible by n_head {n_head}: choose a divisor, or give head_dim')
         self.n_head, self.n_kv_head = n_head, n_head if n_kv_head is None else n_kv_head
-        if self.n_kv_head < 1 or n_head % self.n_kv_head:
-            raise ValueError(f'n_head {n_head} is not divisible by n_kv_head {n_kv_head}: choose a divisor, so that groups have equal size')
+        _check_heads(d_model, n_head, self.n_kv_head, head_dim)
         self.head_dim, self.dropout, self.layer = d_model // n_head if head_dim is None else head_dim, dropout, layer
         self.causal, self.window, self.softcap, self.scale = causal, window, softcap, scale
         qkv_bias = bias if qkv_bias is None else qkv_bias

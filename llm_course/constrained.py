@@ -71,7 +71,7 @@ class Grammar:
         else: self.productions[many] = [(*item, many), ()]
         return (*item, many) if m['times'] == '+' else (shown,)
 
-# %% ../nbs/08c_constrained.ipynb #abcde91c
+# %% ../nbs/08c_constrained.ipynb #4340ff6c
 @patch
 def _begin(self: Grammar, symbols: Iterable[Symbol]) -> tuple[set, bool]:
     "Bytes with which a sequence can begin, and whether it can be empty."
@@ -97,6 +97,7 @@ def _analyse(self: Grammar) -> None:
                         follow[s] |= after | (follow[name] if end else set())
     self._build_table(follow)
 
+# %% ../nbs/08c_constrained.ipynb #bb72d09d
 @patch
 def _build_table(self: Grammar, follow: dict[str, set]) -> None:
     self.table: dict[str, dict[int, tuple[Symbol, ...]]] = {n: {} for n in self.productions}
@@ -108,7 +109,7 @@ def _build_table(self: Grammar, follow: dict[str, set]) -> None:
         clash = self.first[name] & follow[name] if name in self.nullable else ()
         if clash: raise ValueError(f'rule {name!r} can be empty, and {bytes([min(clash)])!r} can begin it and follow it: one byte does not decide')
 
-# %% ../nbs/08c_constrained.ipynb #33543d24
+# %% ../nbs/08c_constrained.ipynb #7f60d4ba
 State = tuple # of symbols: what is still to come, the next one first
 
 @patch
@@ -130,6 +131,7 @@ def finished(self: Grammar, state: State) -> bool:
     "Whether the text may end here."
     return all(isinstance(s, str) and s in self.nullable for s in state)
 
+# %% ../nbs/08c_constrained.ipynb #d50ff802
 @patch
 def accepts(self: Grammar, text: str|bytes) -> bool:
     "Whether a whole text follows the grammar."
@@ -179,7 +181,7 @@ def json_grammar(
     "JSON (RFC 8259) with at most one space after a comma or colon, and no lone surrogates."
     return Grammar(JSON_RULES, start)
 
-# %% ../nbs/08c_constrained.ipynb #65f1508a
+# %% ../nbs/08c_constrained.ipynb #f8bf5cb3
 class TokenMask:
     "Which tokens may come next, for any state of a grammar. Answers are remembered."
     def __init__(self,
@@ -202,28 +204,31 @@ class TokenMask:
         "Fewest tokens, at most, with which the text can be finished from here: one for each byte."
         return sum(self.cost[s] for s in state)
 
-    def __call__(self, state: State) -> tuple[Tensor, Tensor]:
-        "Ids of the allowed tokens, int64 (n,), and how many more tokens are needed at least after each, float (n,)."
-        if state not in self.known:
-            if len(self.known) >= self.keep: self.known.clear(); self.ways.clear()
-            found = list(self._walk(state))
-            self.known[state] = torch.tensor([i for i, _ in found], dtype=torch.int64), torch.tensor([n for _, n in found])
-        return self.known[state]
+# %% ../nbs/08c_constrained.ipynb #1a4534db
+@patch
+def _walk(self: TokenMask, state: State) -> Iterable[tuple[int, float]]:
+    todo = [(self.trie, state)]
+    while todo:
+        node, state = todo.pop()
+        ways = self.ways.setdefault(state, {})                      # where each byte leads from here
+        for b, child in node.items():
+            if b is None:
+                need = self.need(state)
+                yield from ((i, need) for i in child)
+                continue
+            if b not in ways: ways[b] = self.grammar.feed(state, b)
+            if ways[b] is not None: todo.append((child, ways[b]))
 
-    def _walk(self, state: State) -> Iterable[tuple[int, float]]:
-        todo = [(self.trie, state)]
-        while todo:
-            node, state = todo.pop()
-            ways = self.ways.setdefault(state, {})                  # where each byte leads from here
-            for b, child in node.items():
-                if b is None:
-                    need = self.need(state)
-                    yield from ((i, need) for i in child)
-                    continue
-                if b not in ways: ways[b] = self.grammar.feed(state, b)
-                if ways[b] is not None: todo.append((child, ways[b]))
+@patch
+def __call__(self: TokenMask, state: State) -> tuple[Tensor, Tensor]:
+    "Ids of the allowed tokens, int64 (n,), and how many more tokens are needed at least after each, float (n,)."
+    if state not in self.known:
+        if len(self.known) >= self.keep: self.known.clear(); self.ways.clear()
+        found = list(self._walk(state))
+        self.known[state] = torch.tensor([i for i, _ in found], dtype=torch.int64), torch.tensor([n for _, n in found])
+    return self.known[state]
 
-# %% ../nbs/08c_constrained.ipynb #034d6d15
+# %% ../nbs/08c_constrained.ipynb #4bdb2639
 class Constrain:
     "A processor for `generate`: only tokens after which the text can still follow the grammar and be finished in time."
     def __init__(self,
@@ -256,6 +261,7 @@ class Constrain:
             if self.state is None: raise ValueError(f'token {i} ({self.mask.bytes[i]!r}) does not follow the grammar: something drew it in spite of the mask')
         self.left -= 1
 
+# %% ../nbs/08c_constrained.ipynb #a7c89ba6
 def generate_constrained(
     model: GPT,                # any GPT
     tokenizer: Tokenizer,      # the one it was trained with

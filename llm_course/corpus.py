@@ -224,7 +224,7 @@ def source_table() -> str: # Markdown
     rows = [f'| `{s.name}` | {s.package} {s.version} | {s.bytes / 1e6:.1f} MB | {s.licence} | `{s.sha256[:8]}` |' for s in SOURCES.values()]
     return _Markdown('\n'.join(['| source | package | download | licence | documents |', '|:--|:--|--:|:--|:--|', *rows]))
 
-# %% ../nbs/02_corpus.ipynb #0c364075
+# %% ../nbs/02_corpus.ipynb #23f32895
 def _decode(raw: bytes, where: str, errors: str) -> str:
     try: return raw.decode('utf-8', errors).removeprefix('\ufeff')
     except UnicodeDecodeError as e:
@@ -243,6 +243,7 @@ def _json_lines(path: Path, errors: str, max_bytes: int) -> Iterator[Document]:
             if not isinstance(d, dict) or not isinstance(d.get('text'), str): raise ValueError(f'{where}: needs an object with a string "text", such as {{"name": "a", "text": "…"}}')
             yield Document(str(d.get('name', f'{path.name}-{n}')), d['text'])
 
+# %% ../nbs/02_corpus.ipynb #1c6ea460
 def read_stream(
     path: str|Path,            # a .jsonl or .jsonl.gz file (name, text), a .txt file (one document), or a folder of them, searched in order
     errors: str = 'strict',    # 'replace': bytes that are not UTF-8 become U+FFFD
@@ -260,7 +261,7 @@ def read_stream(
             try: yield from _json_lines(p, errors, max_bytes)
             except (EOFError, zlib.error, gzip.BadGzipFile) as e: raise ValueError(f'{p} is damaged, fetch it again: {e}') from None
 
-# %% ../nbs/02_corpus.ipynb #b6ad3564
+# %% ../nbs/02_corpus.ipynb #0837706b
 def _datasets() -> Any:
     try: import datasets
     except ImportError: raise ImportError("this needs the library datasets: pip install 'llm_course[text]'") from None
@@ -271,6 +272,7 @@ def _rows(rows: Iterable[dict], name: str, column: str) -> Iterator[Document]:
         if not isinstance(row.get(column), str): raise ValueError(f'{name}, row {i} has no text in {column!r}: pass text_column=, one of {", ".join(row)}')
         yield Document(str(row.get('name', f'{name}-{i}')), row[column])
 
+# %% ../nbs/02_corpus.ipynb #5c4a9f90
 def hub_documents(
     name: str,                # a data set on the Hugging Face hub, such as 'roneneldan/TinyStories'
     split: str = 'train',     # which part of it
@@ -478,7 +480,7 @@ def _about(source: str) -> dict:
     if known: return {k: getattr(known, k) for k in ('name', 'package', 'version', 'licence', 'sha256')}
     return {'name': source, 'licence': 'Apache-2.0, written for this course' if source == 'tiny' else 'not stated'}
 
-# %% ../nbs/02_corpus.ipynb #15d4b5af
+# %% ../nbs/02_corpus.ipynb #94982b2c
 def _finished(out: Path|None, recipe: str, steps: Sequence[Callable]) -> Datasheet|None:
     "The datasheet of an earlier run of the same recipe whose corpus is intact."
     if memory := [s.name for s in steps if not getattr(s, 'stateless', False)]:
@@ -487,6 +489,7 @@ def _finished(out: Path|None, recipe: str, steps: Sequence[Callable]) -> Datashe
     sheet = Datasheet.load(out)
     return sheet if sheet.recipe == recipe and file_sha256(out) == sheet.sha256 else None
 
+# %% ../nbs/02_corpus.ipynb #618ae0db
 def prepare_corpus(
     documents: Iterable[Document],         # any stream; read once, in order
     steps: Sequence[Callable],             # each: document -> Document or Removed, with a `.name`
@@ -526,12 +529,13 @@ def language_samples(
     if not files: raise FileNotFoundError(f'{folder} holds no .txt file: name one for each language, such as en.txt')
     return {p.stem: [s for s in re.split(r'(?<=[。！？])|\n', p.read_text(encoding='utf-8')) if s.strip()] for p in files}
 
-# %% ../nbs/02_corpus.ipynb #b412250c
+# %% ../nbs/02_corpus.ipynb #5147a506
 _NO_LETTERS = regex.compile(r'[^\p{L}\p{M}]+')
 
 def _letters(text: str, most: int) -> np.ndarray:
     return byte_ids(f" {_NO_LETTERS.sub(' ', text[:2 * most].lower()).strip()} ")[:most]
 
+# %% ../nbs/02_corpus.ipynb #ebfa4b19
 class LanguageClassifier:
     "A byte n-gram model for each language; the least surprised one names it (after Cavnar and Trenkle 1994, and Lui and Baldwin 2012)."
     def __init__(self,
@@ -557,16 +561,18 @@ class LanguageClassifier:
         scores = self.scores(text)
         return min(scores, key=scores.get)
 
-    def problem(self,
-        text: str,
-        want: str = 'en',        # the language to keep
-        most_bits: float = 5.    # per byte: more surprise than this is no language that it knows
-    ) -> str: # '' or a reason, for a Filter
-        "Whether to remove a text: another language, or none."
-        if want not in self.models: raise ValueError(f'language {want!r} is unknown: choose one of {", ".join(self.models)}, or give samples of it')
-        if len(_letters(text, self.most)) < 20: return 'language: too few letters to tell'
-        best, bits = min(self.scores(text).items(), key=lambda kv: kv[1])
-        return 'language: none that is known' if bits > most_bits else '' if best == want else f'language: {best}'
+# %% ../nbs/02_corpus.ipynb #64e63ae5
+@patch
+def problem(self: LanguageClassifier,
+    text: str,
+    want: str = 'en',        # the language to keep
+    most_bits: float = 5.    # per byte: more surprise than this is no language that it knows
+) -> str: # '' or a reason, for a Filter
+    "Whether to remove a text: another language, or none."
+    if want not in self.models: raise ValueError(f'language {want!r} is unknown: choose one of {", ".join(self.models)}, or give samples of it')
+    if len(_letters(text, self.most)) < 20: return 'language: too few letters to tell'
+    best, bits = min(self.scores(text).items(), key=lambda kv: kv[1])
+    return 'language: none that is known' if bits > most_bits else '' if best == want else f'language: {best}'
 
 # %% ../nbs/02_corpus.ipynb #1492e222
 STOP_WORDS = frozenset('the be to of and that have with'.split())

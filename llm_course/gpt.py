@@ -80,13 +80,14 @@ class GPTConfig:
 
     def __post_init__(self): self._fill_and_validate()
 
-# %% ../nbs/06_gpt.ipynb #a95e63ad
+# %% ../nbs/06_gpt.ipynb #569bf55f
 def _check(ok: bool, message: str) -> None:
     if not ok: raise ValueError(message)
 
 def _one_of(name: str, value: str, known: list[str]) -> None:
     _check(value in known, f'{name}={value!r} is unknown: choose one of {", ".join(known)}')
 
+# %% ../nbs/06_gpt.ipynb #84eb663e
 @patch
 def _fill_and_validate(self: GPTConfig) -> None:
     for f in dataclasses.fields(self):
@@ -114,6 +115,7 @@ def _fill_and_validate(self: GPTConfig) -> None:
     _check(0 <= self.dropout < 1, f'dropout={self.dropout} is not in [0, 1)')
     _check(self.d_ff > 0 and self.norm_eps > 0 and self.init_std > 0, f'd_ff={self.d_ff}, norm_eps={self.norm_eps}, init_std={self.init_std}: must be positive')
 
+# %% ../nbs/06_gpt.ipynb #cd4232c4
 @patch
 def _validate_variants(self: GPTConfig) -> None:
     _one_of('norm_position', self.norm_position, ['pre', 'post', 'sandwich'])

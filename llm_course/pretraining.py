@@ -7,7 +7,7 @@ __all__ = ['TrainConfig', 'make_optimizer', 'lr_at', 'accumulated_backward', 'Ev
            'BigramModel', 'read_log', 'RunLog', 'save_checkpoint', 'CheckpointError', 'verify_checkpoint', 'Checkpoint',
            'load_checkpoint', 'DivergedError', 'Trainer', 'list_checkpoints', 'ctrl_c_waits', 'plot_run']
 
-# %% ../nbs/10_pretraining.ipynb #a5a0e671
+# %% ../nbs/10_pretraining.ipynb #11bf3ab7
 import dataclasses, json, math, os, pickle, shutil, signal, sys, threading, time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from .core import atomic_write, file_sha256, generator
 from .dataloading import Batches, TokenFile
+from .generation import evaluating
 from .gpt import GPT, GPTConfig, count_params
 from .ngrams import NGramModel
 from .subwords import UnigramTokenizer, WordPieceTokenizer   # with them load_tokenizer reads all kinds
@@ -117,7 +118,7 @@ def accumulated_backward(
         mean += loss.detach()
     return mean
 
-# %% ../nbs/10_pretraining.ipynb #4e352c4c
+# %% ../nbs/10_pretraining.ipynb #ee098a39
 @dataclass(frozen=True)
 class Evaluation:
     "What `evaluate` found."
@@ -125,7 +126,6 @@ class Evaluation:
     nats_per_byte: float|None # None if the number of bytes of the text is not known
     tokens: int               # how many were predicted
 
-@torch.no_grad()
 def evaluate(
     model: nn.Module,                   # maps ids (B, T) to (logits (B, T, V), ...)
     tokens: TokenFile|Any,              # validation text, read in order, in windows of seq_len
@@ -136,16 +136,12 @@ def evaluate(
 ) -> Evaluation:
     "Mean cross-entropy of a model on a text, per token and per byte (nats a token times tokens a byte). Any model that gives logits can be measured."
     if max_batches is not None and max_batches < 1: raise ValueError(f'max_batches={max_batches}: use 1 or more, or None for all')
-    modes = [(m, m.training) for m in model.modules()]
     total, count = torch.zeros((), dtype=torch.float64), 0
-    try:
-        model.eval()
+    with evaluating(model):
         for i, (xb, yb) in enumerate(Batches(tokens, batch_size, seq_len, shuffle=False, device=device).epoch()):
             if i == max_batches: break
             total += F.cross_entropy(model(xb)[0].flatten(0, 1).float(), yb.flatten(), reduction='sum').cpu().double()
             count += yb.numel()
-    finally:
-        for m, mode in modes: m.training = mode
     per_token = (total / count).item()
     n_bytes = getattr(tokens, 'n_bytes', None)
     return Evaluation(per_token, per_token * len(tokens) / n_bytes if n_bytes else None, count)
@@ -187,7 +183,7 @@ def read_log(
         records.append(record)
     return records
 
-# %% ../nbs/10_pretraining.ipynb #56cc1e1a
+# %% ../nbs/10_pretraining.ipynb #20cc4368
 def _lock(file: Any, folder: Path) -> None:
     try: import fcntl
     except ImportError: return                                            # Windows has no such lock
@@ -196,6 +192,7 @@ def _lock(file: Any, folder: Path) -> None:
         file.close()
         raise FileExistsError(f'{folder} is being trained by another process: wait for it, or choose another folder') from None
 
+# %% ../nbs/10_pretraining.ipynb #8e25077c
 class RunLog:
     "Appends records to `folder/log.jsonl` and, if TensorBoard is installed, to `folder/tensorboard`."
     def __init__(self, folder: str|Path, keep_until: int = -1): # keep_until: records of later steps are removed first

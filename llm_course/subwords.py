@@ -557,11 +557,12 @@ def _unigram_from_dict(data: dict) -> UnigramTokenizer:
 
 for _kind, _read in (('WordLevel', _words_from_dict), ('WordPiece', _words_from_dict), ('Unigram', _unigram_from_dict)): register_tokenizer(_kind, _read)
 
-# %% ../nbs/03b_subwords.ipynb #7ddd9605
+# %% ../nbs/03b_subwords.ipynb #07407062
 def _library(name: str) -> Any:
     try: return importlib.import_module(name)
     except ImportError: raise ImportError(f"this needs the library {name}: pip install 'llm_course[text]'") from None
 
+# %% ../nbs/03b_subwords.ipynb #991bc74e
 class SentencePieceTokenizer(_Spaced):
     "A SentencePiece model, BPE or Unigram (Kudo and Richardson, 2018), run by the library `sentencepiece`."
     def __init__(self,
@@ -697,7 +698,7 @@ class TokenView:
                 line.append((n, x, token)); x += len(token)
             yield label, line
 
-# %% ../nbs/03b_subwords.ipynb #036cdd52
+# %% ../nbs/03b_subwords.ipynb #2038edc9
 _COLOURS = ('#bcdcf5', '#fbd9a8', '#c3e6cb', '#e3cdf0')
 
 @patch
@@ -726,6 +727,7 @@ def _repr_png_(self: TokenView) -> bytes:
     _library('PIL.Image').open(drawn).convert('RGB').quantize(64).save(out, format='png', optimize=True)   # a third of the size
     return out.getvalue()
 
+# %% ../nbs/03b_subwords.ipynb #6d006818
 def show_tokens(
     tokenizer: Tokenizer|dict[str, Tokenizer], # one tokenizer, or several with their names
     text: str,                                 # up to 2,000 characters; special tokens in it are ordinary text

@@ -383,7 +383,7 @@ def save_store(
     config = {'format': 'tiny_lm', 'version': 1, **asdict(c), 'activation': 'relu', 'dtype': 'float64'}
     with atomic_write(folder/'model_config.json', 'w') as f: json.dump(config, f, indent=1)
 
-# %% ../nbs/01_tiny_lm.ipynb #3ef429d5
+# %% ../nbs/01_tiny_lm.ipynb #83bad6fe
 class Store(NamedTuple):
     "What `load_store` returns."
     model: TinyLM
@@ -403,6 +403,7 @@ def _query(path: Path, sql: str) -> list[tuple]:
         if (state := db.execute('PRAGMA integrity_check').fetchone()[0]) != 'ok': raise ValueError(state)
         return db.execute(sql).fetchall()
 
+# %% ../nbs/01_tiny_lm.ipynb #29c930b1
 def _load_config(path: Path) -> TinyLMConfig:
     with _reading(path, _FIX):
         found = json.loads(path.read_bytes())
