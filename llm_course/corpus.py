@@ -667,9 +667,11 @@ def find_pii(text: str) -> list[tuple[int, int, str]]: # begin, end and kind ('E
 
 def mask_pii(text: str) -> str: # with `<EMAIL>`, `<PHONE>` and `<IP>` in their place
     "Personal data replaced by its kind; `mask_pii` is idempotent."
-    out, at = [], 0
-    for start, end, kind in find_pii(text): out += [text[at:start], f'<{kind}>']; at = end
-    return ''.join(out) + text[at:]
+    while found := find_pii(text):                       # again: what overlapped the first find may now stand alone
+        out, at = [], 0
+        for start, end, kind in found: out += [text[at:start], f'<{kind}>']; at = end
+        text = ''.join(out) + text[at:]
+    return text
 
 # %% ../nbs/02_corpus.ipynb #fb8a4f60
 def _place(name: str, seed: int) -> float:

@@ -42,6 +42,7 @@ def test_normalising_twice_is_normalising_once(text, form, lower, punctuation, s
 
 @many
 @given(st.one_of(texts, markup, st.lists(st.sampled_from(['a@b.example', '+44 20 7946 0958', '192.0.2.1', 'fe80::1', ' ', ', ', '-', '<EMAIL>', '1', ':'])).map(''.join)))
+@example('0::0@0.AA@0.AA')                                              # the second address overlaps the first, which overlaps the machine's
 def test_masking_twice_is_masking_once(text):
     once = mask_pii(text)
     assert mask_pii(once) == once and not find_pii(once)
