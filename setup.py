@@ -11,7 +11,8 @@ cfg = cfg['DEFAULT']
 
 train = cfg['train_requirements'].split()
 text = cfg['text_requirements'].split()
-dev = train + text + cfg['dev_requirements'].split()
+evaluation = cfg['eval_requirements'].split()
+dev = train + text + evaluation + cfg['dev_requirements'].split()
 py_versions = ['3.11', '3.12', '3.13', '3.14']
 assert cfg['min_python'] in py_versions
 
@@ -33,7 +34,7 @@ setup(
     package_data={'llm_course': ['configs/*.yaml']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
-    extras_require={'train': train, 'text': text, 'dev': dev},
+    extras_require={'train': train, 'text': text, 'eval': evaluation, 'dev': dev},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f"{cfg['lib_path']}={cfg['lib_path']}._modidx:d"]},
     zip_safe=False,
 )

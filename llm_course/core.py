@@ -39,7 +39,8 @@ def _chapters() -> list[Chapter]:
         'Text': '00 core, 01 tiny_lm, 01b ngrams, 02 corpus, 02b dedup, 02c grammar, 03 tokenization, 03b subwords, 04 embeddings, 04b positions',
         'Model': '05 attention, 05b sparse, 05c flash, 06 gpt, 06b depth, 06c presets, 06d ablation, 07 families, 07b encoder_decoder, 07c moe, 07d recurrence, '
                  '08 generation, 08b decoding, 08c constrained',
-        'Training': '09 dataloading, 10 pretraining, 11 scaling, 12 evaluation, 13 pretrained',
+        'Training': '09 dataloading, 09b streaming, 10 pretraining, 10b optimizers, 10c debugging, 10d speedrun, 11 scaling, 11b parallel, 11c laws, '
+                    '12 evaluation, 12b benchmarks, 13 pretrained',
         'Alignment': '14 classification, 15 sft, 16 peft, 17 rlhf, 18 dpo, 19 grpo',
         'Inference': '20 kv_cache, 21 quantization, 22 engine, 23 export, 24 serving',
         'Understanding and shipping': '25 interpretability, 26 pipeline'}
