@@ -6,7 +6,8 @@
 __all__ = ['OPTIMIZERS', 'SCHEDULES', 'register_optimizer', 'register_schedule', 'TrainConfig', 'make_optimizer', 'lr_at',
            'accumulated_backward', 'Evaluation', 'evaluate', 'UniformModel', 'BigramModel', 'read_log', 'RunLog',
            'save_checkpoint', 'CheckpointError', 'verify_checkpoint', 'Checkpoint', 'load_checkpoint',
-           'list_checkpoints', 'best_checkpoint', 'DivergedError', 'Trainer', 'ctrl_c_waits', 'plot_run']
+           'list_checkpoints', 'best_checkpoint', 'find_checkpoint', 'DivergedError', 'Trainer', 'ctrl_c_waits',
+           'plot_run']
 
 # %% ../nbs/10_pretraining.ipynb #e2a9e3b4
 import dataclasses, json, math, os, pickle, shutil, signal, sys, threading, time
@@ -407,6 +408,17 @@ def best_checkpoint(
     if not found: raise FileNotFoundError(f'{folder} has no checkpoint of a step that was validated: let checkpoint_every be a multiple of eval_every, or set keep_best')
     return min(found, key=lambda p: losses[int(p.name[5:])])
 
+# %% ../nbs/10_pretraining.ipynb #7e25c407
+def find_checkpoint(
+    path: str|Path # a checkpoint, a run, or a folder of runs
+) -> Path:
+    "The newest checkpoint at or below `path`. Raises `CheckpointError` if there is none."
+    path = Path(path)
+    if (path/'manifest.json').is_file(): return path
+    runs = [r for r in (path, *sorted(path.glob('*'))) if list_checkpoints(r)]
+    if not runs: raise CheckpointError(f'there is no checkpoint in {path}: train one first, for example with llm-course run')
+    return max((list_checkpoints(r)[-1] for r in runs), key=lambda p: (p/'manifest.json').stat().st_mtime)
+
 # %% ../nbs/10_pretraining.ipynb #284e13da
 class DivergedError(ArithmeticError):
     "The loss is no longer a number."
@@ -577,12 +589,12 @@ def _advance(bar: tqdm, record: dict, seconds: float, val: float|None) -> None:
     parts = [f'loss {record["loss"]:.3f}', *([f'val {val:.3f}'] if val else []), f'{record["tokens"] / seconds:,.0f} tokens/s']
     bar.set_postfix_str(', '.join(parts), refresh=False); bar.update()
 
-# %% ../nbs/10_pretraining.ipynb #93a4ef04
+# %% ../nbs/10_pretraining.ipynb #c74c04ab
 @patch
 def fit(self: Trainer,
     until: int|None = None,                       # stop after this step, without a checkpoint of its own; default max_steps
     progress: bool = True,                        # show a bar with loss, validation loss, speed and time left
-    on_step: Callable[['Trainer', dict], None]|None = None # called after each step with its record
+    on_step: Callable[['Trainer', dict], None]|None = None # called after each step with its record, before a checkpoint is written
 ) -> list[dict]: # the whole log of the run, resumed parts included
     "Train. The record of each step goes to the log; each `eval_every` steps it has the validation loss in it."
     if (found := list_checkpoints(self.folder)) and int(found[-1].name[5:]) > self.step:
@@ -602,11 +614,11 @@ def fit(self: Trainer,
                     record['val_loss'] = val = self.validate().nats_per_token
                     if better := val < self.best[0]: self.best = val, self.step
                 self._write(record)
+                if on_step: on_step(self, record)                        # before the checkpoint: what it changes is saved
                 stop = self._agree(bool(asked))
                 ends = self.step in (*c.milestones, c.max_steps) or stop or self._enough()
                 if ends or self.step % c.checkpoint_every == 0 or (better and c.keep_best): self.save()
                 _advance(bar, record, self.seconds, val)
-                if on_step: on_step(self, record)
             if stop: raise KeyboardInterrupt
     finally: bar.close(); self._end()
     return read_log(self.folder/'log.jsonl')
