@@ -31,7 +31,7 @@ setup(
                  'Topic :: Scientific/Engineering :: Artificial Intelligence']
                 + [f'Programming Language :: Python :: {v}' for v in py_versions],
     packages=find_packages(include=['llm_course', 'llm_course.*']),
-    package_data={'llm_course': ['configs/*.yaml']},
+    package_data={'llm_course': ['configs/*.yaml', 'configs/*.json']},
     python_requires='>=' + cfg['min_python'],
     install_requires=cfg['requirements'].split(),
     extras_require={'train': train, 'text': text, 'eval': evaluation, 'dev': dev},

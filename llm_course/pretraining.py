@@ -419,7 +419,7 @@ def find_checkpoint(
     if not runs: raise CheckpointError(f'there is no checkpoint in {path}: train one first, for example with llm-course run')
     return max((list_checkpoints(r)[-1] for r in runs), key=lambda p: (p/'manifest.json').stat().st_mtime)
 
-# %% ../nbs/10_pretraining.ipynb #284e13da
+# %% ../nbs/10_pretraining.ipynb #a5e9f944
 class DivergedError(ArithmeticError):
     "The loss is no longer a number."
 
@@ -439,7 +439,9 @@ class Trainer:
         self.loss_fn, self.extras, self.trackers = loss_fn, extras or {}, tuple(trackers)
         self._val_data = Batches(val_tokens, 1, 1, shuffle=False)._data
         self.optimizer = make_optimizer(self.model, config)
-        self.compute = torch.compile(self.model) if config.compile else self.model    # the same weights
+        self.compute = torch.compile(self.model) if config.compile and not loss_fn else self.model    # the same weights
+        if config.compile and loss_fn:                                   # which may call other methods than forward
+            for block in self.model.blocks: block.compile()
         self.scaler = torch.amp.GradScaler(self.device.type) if config.precision == 'float16' else None
         self.step, self.seconds, self.log, self.best = 0, 0., None, (math.inf, 0)     # best: validation loss and its step
         self.rng = [torch.Generator(d).manual_seed(config.seed).get_state() for d in self._rng_devices()]  # for dropout
