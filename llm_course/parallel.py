@@ -92,7 +92,7 @@ def _serve(folder: Path, timeout: float) -> None:
             (folder/f'{rank}.part').write_text(traceback.format_exc()); os.replace(folder/f'{rank}.part', folder/f'{rank}.error')
             os._exit(1)
 
-# %% ../nbs/11b_parallel.ipynb #89758c59
+# %% ../nbs/11b_parallel.ipynb #7cd7c617
 @patch
 def _start(self: Ranks) -> None:
     self.folder = Path(tempfile.mkdtemp(prefix='ranks-'))
@@ -100,7 +100,7 @@ def _start(self: Ranks) -> None:
     code = f'import importlib, pathlib; importlib.import_module("llm_course.parallel")._serve(pathlib.Path({str(self.folder)!r}), {self.timeout})'
     for r in range(self.ranks):
         with open(self.folder/f'{r}.log', 'w') as log:
-            self.processes.append(subprocess.Popen([sys.executable, '-c', code], env=env | {'RANK': str(r), 'LOCAL_RANK': str(r)},
+            self.processes.append(subprocess.Popen([sys.executable, '-P', '-c', code], env=env | {'RANK': str(r), 'LOCAL_RANK': str(r)},
                                                    stdin=subprocess.PIPE, stdout=log, stderr=log, text=True))
 
 @patch
