@@ -562,7 +562,7 @@ def as_lm_eval(
     if (start := tokenizer.special_tokens.get('<|endoftext|>')) is None: raise ValueError('the tokenizer has no <|endoftext|>: an empty context needs a token to start from')
     class CourseLM(LM):
         def loglikelihood(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-            scored = loglikelihoods(model, tokenizer, [r.args for r in requests], batch_size, not disable_tqdm, 'cut', start)
+            scored = loglikelihoods(model, tokenizer, [r.args for r in requests], batch_size, not disable_tqdm, 'cut', start, exact=False)
             return [(s.nats, s.greedy) for s in scored]
         def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
             return [-_window_nats(model, [start, *tokenizer.encode(r.args[0])], batch_size) for r in requests]

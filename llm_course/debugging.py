@@ -8,9 +8,9 @@ __all__ = ['CAUSES', 'expected_initial_loss', 'overfit_batch', 'Watch', 'watch',
            'sees_future', 'silent_parameters', 'unmoved_parameters', 'Diagnosis', 'check_run', 'thin_log', 'save_bands',
            'load_band', 'check_folder', 'WandbTracker']
 
-# %% ../nbs/10c_debugging.ipynb #4c5078fb
+# %% ../nbs/10c_debugging.ipynb #b22a2c00
 import copy, json, math, re, secrets
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from importlib.resources import files
@@ -148,15 +148,15 @@ def log_histograms(
             if values.numel(): board.add_histogram(f'{kind}/{n}', values.cpu(), step); written += 1
     return written
 
-# %% ../nbs/10c_debugging.ipynb #6dc99fea
+# %% ../nbs/10c_debugging.ipynb #f317d2d1
 def unigram_entropy(
     ids: Any # token ids, any integer array, a tensor, or a TokenFile
 ) -> float: # nats a token
     "The loss of a model that knows only how frequent each token is. Raises `ValueError` without tokens."
-    ids = torch.as_tensor([int(i) for i in ids]) if isinstance(ids, (list, tuple)) else torch.from_numpy(np.asarray(getattr(ids, 'ids', ids)).astype(np.int64)).flatten()
+    ids = np.asarray(getattr(ids, 'ids', ids)).astype(np.int64).ravel()
     if not len(ids): raise ValueError('no tokens: there is nothing to count')
-    share = torch.bincount(ids).double() / len(ids)
-    return -(share[share > 0] * share[share > 0].log()).sum().item()
+    share = np.bincount(ids) / len(ids)
+    return -float((share[share > 0] * np.log(share[share > 0])).sum())
 
 # %% ../nbs/10c_debugging.ipynb #6faece67
 def band_steps(
@@ -193,7 +193,7 @@ def t_quantile(
     area = np.concatenate([[0.], np.cumsum(density[1:] + density[:-1])])     # of trapezoids, up to a factor
     return math.sqrt(dof) * math.tan(np.interp((2 * p - 1) * area[-1], area, theta))
 
-# %% ../nbs/10c_debugging.ipynb #d12f7fe2
+# %% ../nbs/10c_debugging.ipynb #00255b74
 @dataclass(frozen=True)
 class Band:
     "Where healthy runs of a recipe are. `loss` and `val_loss` are lists of (step, low, high); made by `make_band`."
@@ -217,7 +217,7 @@ def _interval(values: Tensor, miss: float) -> list[tuple[float, float]]:
     var = torch.nn.functional.pad(values.var(0)[None, None], (1, 1), mode='replicate') if m > 1 else values.var(0)[None, None]
     spread = torch.nn.functional.avg_pool1d(var, 3, 1)[0, 0].sqrt() if m > 1 else var[0, 0].sqrt()
     spread = torch.maximum(spread, .005 * values.mean(0).abs())
-    half = t_quantile(1 - miss / 2, n - 1) * math.sqrt(1 + 1 / n) * spread
+    half = t_quantile(1 - miss / 2, 2 * (n - 1)) * math.sqrt(1 + 1 / n) * spread
     low, high = torch.minimum(values.mean(0) - half, values.amin(0)), torch.maximum(values.mean(0) + half, values.amax(0))
     return [(math.floor(a * 1e4) / 1e4, math.ceil(b * 1e4) / 1e4) for a, b in zip(low.tolist(), high.tolist())]   # rounded outwards
 
@@ -338,7 +338,7 @@ def _outside(records: list[dict], band: Band) -> list[tuple[int, float, str]]:
     off = [(mark[0], math.inf if x != x else x - mark[2] if x > mark[2] else min(0., x - mark[1]), which) for mark, x, which in seen if x is not None]
     return sorted(o for o in off if o[1])
 
-# %% ../nbs/10c_debugging.ipynb #498e3dc8
+# %% ../nbs/10c_debugging.ipynb #35a31e43
 def _middle(marks: Sequence, step: int) -> float:
     return next((low + high) / 2 for s, low, high in marks if s == step)
 
@@ -359,8 +359,8 @@ def _from_curve(records: list[dict], band: Band, outside: list[tuple[int, float,
     near = min(means, key=lambda s: abs(s - at[-1]))
     t, v = means[near] - _middle(band.loss, near), val[at[-1]] - _middle(band.val_loss, at[-1])     # distances from the healthy middle
     low = any(d < 0 for _, d, which in outside if which == 'training')
-    if low: return ('no causal mask', f'training {t:+.2f} and validation {v:+.2f}: it knows the answer in both') if v < .5 * t else (
-        'targets = inputs', f'training {t:+.2f}, validation {v:+.2f}: it learned an easier task')
+    if low and v > 0: return 'targets = inputs', f'training {t:+.2f}, validation {v:+.2f}: it learned an easier task'
+    if low: return 'no causal mask' if means[near] < .7 * _middle(band.loss, near) else 'unknown', f'training {t:+.2f}, validation {v:+.2f}: better than healthy in both'
     if v - t > max(.5, .5 * t): return 'targets shifted', f'training {t:+.2f}, validation {v:+.2f}: it learned a harder task'
     if band.unigram and abs(means[near] - band.unigram) < .05 * band.unigram:
         return 'shuffled targets', f'the loss {means[near]:.2f} is near the entropy {band.unigram:.2f} of single tokens'
@@ -387,7 +387,7 @@ def _from_probes(model: nn.Module|None, batch: tuple|None, start: nn.Module|None
     if silent: return 'frozen layer', f'{len(silent)} tensors do not learn, the first is {silent[0]}'
     return None
 
-# %% ../nbs/10c_debugging.ipynb #56090f7f
+# %% ../nbs/10c_debugging.ipynb #8d8b9b48
 def check_run(
     records: list[dict],         # the log so far, from `read_log` or `Trainer.fit`
     band: Band,                  # of this recipe
@@ -399,7 +399,7 @@ def check_run(
     steps = max((r['step'] for r in records), default=0)
     if steps < band.steps[0]: raise ValueError(f'the log has {steps} steps: the band of {band.name!r} begins at step {band.steps[0]}')
     outside = _outside(records, band)
-    found = Diagnosis('healthy', not outside, steps)
+    found = Diagnosis('healthy', not outside, min(steps, max(s for s, *_ in band.loss + band.val_loss)))
     if outside: found.since, found.by = outside[0][0], max((o[1] for o in outside), key=abs)
     probed = _from_probes(model if steps > 2 else None, None if batches is None else _peek(batches), start)
     rate = _logged_rate(records, band)

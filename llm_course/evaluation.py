@@ -14,7 +14,6 @@ import hashlib, itertools, math, re, string
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from statistics import NormalDist
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .core import Document
+from .dedup import ngram_hashes, word_hashes, words
 from .generation import evaluating
 
 # %% ../nbs/12_evaluation.ipynb #8ac7bccc
@@ -38,7 +38,7 @@ def _nats_at(model: nn.Module, ids: Tensor, rows: Tensor, cols: Tensor, targets:
     ids, rows, cols, targets = (x.to(_device(model)) for x in (ids, rows, cols, targets))
     if hasattr(model, 'hidden') and hasattr(model, 'logits'): logits = model.logits(model.hidden(ids)[rows, cols])   # (N, V)
     else: logits = model(ids)[0][rows, cols]
-    return F.cross_entropy(logits.float(), targets, reduction='none').double().cpu(), (logits.argmax(-1) == targets).cpu()
+    return F.cross_entropy(logits.float(), targets, reduction='none').cpu().double(), (logits.argmax(-1) == targets).cpu()
 
 # %% ../nbs/12_evaluation.ipynb #52517d6f
 def n_windows(n_targets: int, seq_len: int, stride: int) -> int: # all at least 1
@@ -58,6 +58,7 @@ def token_nats(
     n = len(ids) - 1
     if n < 1: raise ValueError(f'{n + 1} tokens are too few: the first is never predicted, give at least 2')
     if not 1 <= stride <= seq_len: raise ValueError(f'stride={stride} is not in [1, seq_len={seq_len}]: a longer one would skip tokens')
+    if batch_size < 1: raise ValueError(f'batch_size={batch_size}: use 1 or more')
     take = lambda where: torch.from_numpy(ids[where.numpy()].astype(np.int64))
     starts, at, out = torch.arange(n_windows(n, seq_len, stride)) * stride, torch.arange(min(seq_len, n)), torch.full((n,), math.nan, dtype=torch.float64)
     with evaluating(model):
@@ -153,6 +154,7 @@ def bleu(
 ) -> Bleu:
     "Corpus BLEU (Papineni et al., 2002), equal to sacreBLEU's (Post, 2018). Raises `ValueError` if there is nothing to compare."
     if smooth not in ('exp', 'none'): raise ValueError(f"smooth={smooth!r} is unknown: choose 'exp' or 'none'")
+    if isinstance(answers, str) or order < 1: raise ValueError(f'answers={answers[:30]!r}, order={order}: give a list of answers, and an order of at least 1')
     if len(answers) != len(references) or not len(answers): raise ValueError(f'{len(answers)} answers and {len(references)} lists of references: give one list for each answer')
     counts = sum(_bleu_counts(tokenize(a), [tokenize(r) for r in _references(rs)], order) for a, rs in zip(answers, references)).tolist()
     (c, r), p = counts[:2], _precisions(counts[2:2 + order], counts[2 + order:], smooth)
@@ -192,9 +194,10 @@ class ChoiceItem:
     name: str = ''
 
     def __post_init__(self):
-        object.__setattr__(self, 'choices', tuple(self.choices))
         at = f'item {self.name or self.context[-30:]!r}'
-        if len(self.choices) < 2: raise ValueError(f'{at} has {len(self.choices)} choices: a choice needs at least two')
+        if isinstance(self.choices, str): raise TypeError(f'{at}: choices is the text {self.choices[:30]!r}, give a tuple of choices')
+        object.__setattr__(self, 'choices', tuple(self.choices))
+        if len(self.choices) < 2: raise ValueError(f'{at} has {len(self.choices)} choices: give at least two')
         if '' in self.choices: raise ValueError(f'{at}: choice {self.choices.index("")} is empty, nothing can be scored')
         if not 0 <= self.answer < len(self.choices): raise ValueError(f'{at}: answer {self.answer} is not in [0, {len(self.choices)}): count from 0')
 
@@ -207,7 +210,9 @@ class TextItem:
     name: str = ''
 
     def __post_init__(self):
-        for field in ('answers', 'stop'): object.__setattr__(self, field, tuple(getattr(self, field)))
+        for field in ('answers', 'stop'):
+            if isinstance(value := getattr(self, field), str): raise TypeError(f'{field} is the text {value[:30]!r}: give a tuple, such as ({value[:30]!r},)')
+            object.__setattr__(self, field, tuple(value))
         if not self.answers: raise ValueError(f'item {self.name or self.prompt[-30:]!r} has no acceptable answer: give at least one')
 
 # %% ../nbs/12_evaluation.ipynb #539d5f1b
@@ -215,14 +220,17 @@ def encode_pair(
     tokenizer: Any,         # has `encode` and `special_tokens`
     context: str,           # may be empty, if there is a token to start from
     continuation: str,      # what is to be scored
-    start: int|None = None  # id that stands for an empty context; default: <|endoftext|>, if the tokenizer has it
+    start: int|None = None, # id that stands for an empty context; default: <|endoftext|>, if the tokenizer has it
+    exact: bool = True      # refuse a cut that falls inside a token; False: cut by counting, as the harness does
 ) -> tuple[list[int], list[int]]: # ids of the context, ids of the continuation, neither empty
     """Encode both together and cut where the context alone would end; white space at the end of the context moves to the continuation
-    (as lm-evaluation-harness does it, Gao et al., 2021). Raises `ValueError` if nothing is left to score."""
+    (as lm-evaluation-harness does it, Gao et al., 2021). Raises `ValueError` if nothing is left to score, or if a token crosses the cut."""
     head, whole = tokenizer.encode(context.rstrip()), tokenizer.encode(context + continuation)
     tail = whole[len(head):]
     if not tail: raise ValueError(f'no token is left to score for {continuation!r} after {context[-30:]!r}: is it empty, or does the cut fall inside a token? '
                                   'Let the continuation begin with a space')
+    if exact and whole[:len(head)] != head: raise ValueError(f'a token crosses the cut between {context[-30:]!r} and {continuation[:30]!r}, part of the text would be lost: '
+                                                   'let the continuation begin with a space')
     if head: return head, tail
     start = tokenizer.special_tokens.get('<|endoftext|>') if start is None else start
     if start is None: raise ValueError('the context is empty, and the tokenizer has no <|endoftext|>: pass start=, the id of a token to start from')
@@ -264,12 +272,13 @@ def loglikelihoods(
     batch_size: int = 16,             # pairs at a time
     progress: bool = False,           # show a bar
     too_long: str = 'refuse',         # or 'cut': drop the beginning of a context that does not fit
-    start: int|None = None            # as for `encode_pair`
+    start: int|None = None,           # as for `encode_pair`
+    exact: bool = True                # as for `encode_pair`
 ) -> list[LogLikelihood]: # one for each pair, in their order
     "The log-probability of each continuation after its context."
     if too_long not in ('refuse', 'cut'): raise ValueError(f"too_long={too_long!r} is unknown: choose 'refuse' or 'cut'")
     if batch_size < 1: raise ValueError(f'batch_size={batch_size}: use 1 or more')
-    encoded = [encode_pair(tokenizer, *pair, start) for pair in pairs]
+    encoded = [encode_pair(tokenizer, *pair, start, exact) for pair in pairs]
     rows = [(_fit(*e, _limit(model), too_long, pair), len(e[1])) for e, pair in zip(encoded, pairs)]
     order, out = sorted(range(len(rows)), key=lambda i: -len(rows[i][0])), [None] * len(rows)      # the longest first: if it fits, all do
     with evaluating(model), tqdm(total=len(rows), desc='scoring', unit=' pairs', disable=not progress) as bar:
@@ -381,6 +390,7 @@ def reliability(
     p, y = np.asarray(confidence, np.float64), np.asarray(correct, np.float64)
     if p.shape != y.shape or p.ndim != 1 or not len(p): raise ValueError(f'confidence of shape {p.shape} and correct of shape {y.shape}: give one of each for every guess')
     if not ((p >= 0) & (p <= 1)).all(): raise ValueError(f'confidence {p[~((p >= 0) & (p <= 1))][0]} is not in [0, 1]: pass probabilities, not logits')
+    if bins < 1: raise ValueError(f'bins={bins}: use 1 or more')
     edges = np.linspace(0, 1, bins + 1)
     at = edges[1:-1].searchsorted(p)
     count = np.bincount(at, minlength=bins)
@@ -394,7 +404,9 @@ def brier(
 ) -> float: # 0 is perfect, 2 is sure and wrong
     "Mean squared distance of the probabilities from the truth, over all classes (Brier, 1950)."
     probs, answers = np.asarray(probs, np.float64), np.asarray(answers)
-    if probs.ndim != 2 or len(probs) != len(answers): raise ValueError(f'probs of shape {probs.shape} for {len(answers)} answers: they must be (answers, classes)')
+    if probs.ndim != 2 or len(probs) != len(answers) or not len(probs): raise ValueError(f'probs of shape {probs.shape} for {len(answers)} answers: they must be (answers, classes), at least one')
+    if not ((probs >= 0) & (probs <= 1)).all() or abs(probs.sum(1) - 1).max() > .01: raise ValueError('each row of probs must be probabilities that add up to 1: pass a softmax, not logits')
+    if len(bad := answers[(answers < 0) | (answers >= probs.shape[1])]): raise ValueError(f'answer {bad[0]} is not in [0, {probs.shape[1]}): count the classes from 0')
     return float((probs**2).sum(1).mean() - 2 * probs[np.arange(len(answers)), answers].mean() + 1)
 
 # %% ../nbs/12_evaluation.ipynb #fbbf02ee
@@ -452,7 +464,9 @@ def bootstrap_interval(
 def _differences(a: Sequence[float], b: Sequence[float]) -> np.ndarray:
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a): raise ValueError(f'scores of shapes {a.shape} and {b.shape}: both models need one score for each of the same items')
-    return a - b
+    d = a - b
+    if not np.isfinite(d).all(): raise ValueError(f'the scores of item {np.flatnonzero(~np.isfinite(d))[0]} are not finite: leave the item out for both models')
+    return d
 
 def permutation_test(
     a: Sequence[float], b: Sequence[float], # scores of two models on the same items
@@ -460,6 +474,7 @@ def permutation_test(
     seed: int = 0
 ) -> float: # two-sided p-value
     "How often random signs make the total difference at least as large as it is (Fisher, 1935)."
+    if n < 1: raise ValueError(f'n={n}: at least one drawing of random signs is needed')
     d = _differences(a, b)
     d = d[d != 0]
     seen, exact = abs(d.sum()) * (1 - 1e-12), len(d) < 31 and 2**len(d) <= n
@@ -476,7 +491,9 @@ def mcnemar(
     d = _differences(a, b)
     if not np.isin([a, b], [0, 1]).all(): raise ValueError('scores are not all 0 or 1: use permutation_test')
     won, lost = int((d > 0).sum()), int((d < 0).sum())
-    return min(1., 2 * sum(math.comb(won + lost, k) for k in range(min(won, lost) + 1)) / 2**(won + lost))
+    total = won + lost
+    ways = itertools.accumulate(range(min(won, lost)), lambda c, k: c * (total - k) // (k + 1), initial=1)      # binomial coefficients, each from the last
+    return min(1., 2 * sum(ways) / 2**total)
 
 # %% ../nbs/12_evaluation.ipynb #24e97efd
 def items_needed(
@@ -490,22 +507,17 @@ def items_needed(
     other, d = accuracy + difference, abs(difference)
     if not (0 <= accuracy <= 1 and 0 <= other <= 1 and d > 0): raise ValueError(f'accuracy={accuracy}, difference={difference}: both accuracies must be in [0, 1], and not be equal')
     if disagree is not None and not d <= disagree <= 1: raise ValueError(f'disagree={disagree}: two models that differ by {d} disagree on a share of {d} to 1')
+    if disagree is not None and disagree > (most := min(accuracy + other, 2 - accuracy - other)) + 1e-9: raise ValueError(f'disagree={disagree}: models with accuracies of {accuracy} and {other:.4g} disagree on a share of at most {most:.4g}')
+    if not (0 < level < 1 and (1 - level) / 2 < power < 1): raise ValueError(f'power={power}, level={level}: both are shares between 0 and 1, and the power is above (1 - level) / 2')
     variance = accuracy * (1 - accuracy) + other * (1 - other) if disagree is None else disagree - d * d
     z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
     return max(1, math.ceil(z * z * variance / (d * d)))
 
 # %% ../nbs/12_evaluation.ipynb #d9f3c7ef
-def _words(text: str) -> list[str]: return re.findall(r'\w+', text.lower())
-
-@lru_cache(maxsize=1 << 18)
-def _word_hash(word: str) -> int: return int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), 'little')
-
-def _run_hashes(words: list[str], n: int) -> np.ndarray:
-    "A 64-bit number for each run of `n` words: uint64 (max(0, words - n + 1),)."
-    h = np.array([_word_hash(w) for w in words], np.uint64)
-    out = np.zeros(max(0, len(h) - n + 1), np.uint64)
-    for j in range(n if len(out) else 0): out = out * np.uint64(0x9E3779B97F4A7C15) + h[j:j + len(out)]      # modulo 2**64
-    return out
+def _run_hashes(text: str, n: int) -> np.ndarray:
+    "A 64-bit number for each run of `n` words, as chapter 02b makes them: uint64 (max(0, words - n + 1),)."
+    h = word_hashes(text)
+    return ngram_hashes(h, n) if len(h) >= n else np.zeros(0, np.uint64)
 
 class Leak(NamedTuple):
     "An item found in training text: which; the words covered, as (first, one after last); their share of all its words; documents, at most 5."
@@ -516,9 +528,9 @@ class Contamination(NamedTuple):
     leaks: tuple[Leak, ...]; unchecked: tuple[int, ...]; n_items: int
 
 # %% ../nbs/12_evaluation.ipynb #5277bddd
-def _places(items: list[list[str]], n: int) -> tuple[np.ndarray, np.ndarray]:
-    "All runs of the items, in order of their numbers: the numbers (R,), and item and position of each (R, 2)."
-    hashes = [_run_hashes(w, n) for w in items]
+def _places(texts: Sequence[str], n: int) -> tuple[np.ndarray, np.ndarray]:
+    "All runs of the test items, in order of their numbers: the numbers (R,), and item and position of each (R, 2)."
+    hashes = [_run_hashes(t, n) for t in texts]
     keys = np.concatenate([np.zeros(0, np.uint64), *hashes])
     owner = np.array([(i, p) for i, h in enumerate(hashes) for p in range(len(h))], np.int64).reshape(-1, 2)
     order = keys.argsort(kind='stable')
@@ -537,16 +549,18 @@ def contamination(
 ) -> Contamination:
     "Find runs of `n` words that an item shares with the training text (Brown et al., 2020, appendix C). Case and punctuation do not count."
     if n < 1: raise ValueError(f'n={n}: a run has at least one word')
-    items = [_words(t) for t in texts]
-    keys, owner = _places(items, n)
+    items = [words(t) for t in texts]
+    keys, owner = _places(texts, n)
     covered, seen = [np.zeros(len(w), bool) for w in items], [{} for _ in items]
     for number, d in enumerate(tqdm(documents, 'looking for items', unit=' documents', disable=not progress)):
-        name, words = (f'document {number}', _words(d)) if isinstance(d, str) else (d.name, _words(d.text))
-        hashes = _run_hashes(words, n)
+        name, text = (f'document {number}', d) if isinstance(d, str) else (d.name, d.text)
+        hashes = _run_hashes(text, n)
         first, last = keys.searchsorted(hashes), keys.searchsorted(hashes, 'right')
-        for at in np.flatnonzero(last > first):
+        hits = np.flatnonzero(last > first)
+        there = words(text) if len(hits) else []
+        for at in hits:
             for i, p in owner[first[at]:last[at]]:
-                if items[i][p:p + n] != words[at:at + n]: continue              # the same number, other words
+                if items[i][p:p + n] != there[at:at + n]: continue              # the same number, other words
                 covered[i][p:p + n] = True
                 if len(seen[i]) < 5: seen[i][name] = None
     leaks = tuple(Leak(i, _spans(c), float(c.mean()), tuple(s)) for i, (c, s) in enumerate(zip(covered, seen)) if s)

@@ -27,9 +27,12 @@ class ForeachOptimizer(Optimizer):
     def add_param_group(self, param_group: dict) -> None:
         "Add a group of parameters. Raises `ValueError` naming a hyperparameter that is out of range."
         super().add_param_group(param_group)
-        group = self.param_groups[-1]
-        for name in ('lr', 'weight_decay'):
-            if not 0 <= group[name] < math.inf: raise ValueError(f'{name}={group[name]}: must be 0 or more, and finite')
+        try: self._check_group(self.param_groups[-1])
+        except ValueError: self.param_groups.pop(); raise            # a refused group must not stay
+
+    def _check_group(self, group: dict) -> None:
+        for name in ('lr', 'weight_decay', 'eps'):
+            if not 0 <= group.get(name, 0.) < math.inf: raise ValueError(f'{name}={group[name]}: must be 0 or more, and finite')
         for name in self.SHARES:
             values = group[name] if isinstance(group[name], (tuple, list)) else (group[name],)
             if not all(0 <= v < 1 for v in values): raise ValueError(f'{name}={group[name]}: must be in [0, 1)')
@@ -69,6 +72,10 @@ class SGD(ForeachOptimizer):
                  weight_decay: float = 0.   # times the weight, added to its gradient
                 ):
         super().__init__(params, dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=weight_decay))
+
+    def _check_group(self, group: dict) -> None:
+        super()._check_group(group)
+        if group['nesterov'] and not group['momentum']: raise ValueError('nesterov=True with momentum=0: Nesterov needs momentum, for example 0.9')
 
     def _update(self, group: dict) -> None:
         params, grads = _active(group)
@@ -187,11 +194,11 @@ class Muon(ForeachOptimizer):
         super().__init__(params, dict(kind='muon', lr=lr, momentum=momentum, nesterov=nesterov, ns_steps=ns_steps, adjust_lr=adjust_lr,
                                       ns_dtype=ns_dtype, weight_decay=weight_decay, betas=tuple(betas), eps=eps))
 
-    def add_param_group(self, param_group: dict) -> None:
-        "Add a group. Raises `ValueError` for an unknown kind or rule, or a 'muon' group with anything but matrices."
-        super().add_param_group(param_group)
-        group = self.param_groups[-1]
+    def _check_group(self, group: dict) -> None:
+        "Raises `ValueError` for an unknown kind or rule, negative `ns_steps`, or a 'muon' group with anything but matrices."
+        super()._check_group(group)
         step_scale((1, 1), group['adjust_lr'])
+        if group['ns_steps'] < 0: raise ValueError(f"ns_steps={group['ns_steps']}: must be 0 or more")
         if group['kind'] not in ('muon', 'adamw'): raise ValueError(f"kind={group['kind']!r} is unknown: choose one of muon, adamw")
         if group['kind'] == 'muon' and (bad := [tuple(p.shape) for p in group['params'] if p.dim() != 2]):
             raise ValueError(f"a parameter of shape {bad[0]} is not a matrix: put it into a group of kind 'adamw'")
@@ -225,6 +232,8 @@ def make_muon(
 ) -> Muon:
     "Muon for the hidden matrices of a model and AdamW for the rest. Known to `TrainConfig` as 'muon'."
     options = {k: v for k, v in config.optimizer_args.items() if k != 'matrix_lr'}
+    if bad := sorted(options.keys() & {'lr', 'weight_decay'}): raise ValueError(f'{bad[0]} in optimizer_args would have no effect: set it in TrainConfig, and the rate of the matrices as matrix_lr')
+    if isinstance(dtype := options.get('ns_dtype'), str): options['ns_dtype'] = getattr(torch, dtype)     # a YAML file has only names
     return Muon(param_groups(model, config), betas=(config.beta1, config.beta2), **options)
 
 def make_sgd(
@@ -232,6 +241,7 @@ def make_sgd(
     config: TrainConfig # lr, weight_decay; optimizer_args: momentum (default .9), nesterov
 ) -> SGD:
     "SGD with momentum; matrices decay, vectors do not. Known to `TrainConfig` as 'sgd'."
+    if 'weight_decay' in config.optimizer_args: raise ValueError('weight_decay in optimizer_args would have no effect: set it in TrainConfig')
     params = [p for p in model.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in params if p.dim() >= 2], weight_decay=config.weight_decay), dict(params=[p for p in params if p.dim() < 2], weight_decay=0.)]
     return SGD([g for g in groups if g['params']], lr=config.lr, **{'momentum': .9} | config.optimizer_args)
@@ -246,7 +256,7 @@ def wsd(
 ) -> float: # 1 until the fall begins, then a straight line to 0
     "Warmup, stable, decay (Hu et al., 2024, section 4). Known to `TrainConfig` as 'wsd'."
     fall = min(1., config.decay / max(1e-9, 1 - config.warmup))    # as a share of the steps after the warmup
-    return 1. if done < 1 - fall else (1 - done) / fall if fall else 1.
+    return min(1., (1 - done) / fall) if fall else 1.
 
 register_schedule('wsd', wsd)
 
@@ -269,7 +279,7 @@ def noise_scale(
     params, n, small = [p for p in model.parameters() if p.requires_grad], len(micro_batches), sizes.pop()
     total, square = [torch.zeros_like(p) for p in params], 0.
     for xb, yb in micro_batches:
-        grads = torch.autograd.grad(loss_fn(model, xb, yb) if loss_fn else model(xb, yb)[1], params)
+        grads = torch.autograd.grad(loss_fn(model, xb, yb) if loss_fn else model(xb, yb)[1], params, materialize_grads=True)      # zeros for what was not used
         torch._foreach_add_(total, grads)
         square += sum(g.double().square().sum().item() for g in grads) / n
     mean, big = sum((t.double() / n).square().sum().item() for t in total), n * small
@@ -291,6 +301,7 @@ class EMA:
     def update(self, model: nn.Module) -> None: # model: the one that is trained; call this after each step
         "Move the average towards the model, faster in the first steps."
         keep = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for n, p in model.named_parameters(): self.average[n] = self.average[n].to(p.device)      # the model may have moved since
         now = [p.detach().to(self.average[n].dtype) for n, p in model.named_parameters()]
         torch._foreach_lerp_(list(self.average.values()), now, 1 - keep)
         self.updates += 1
@@ -334,7 +345,7 @@ def smoothed_loss(
         logits = model(xb, **arguments)[0]
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))                 # (B, T, V)
         counts, Z = yb != -100, logits.logsumexp(-1)                                         # (B, T), (B, T)
-        right = logits.gather(-1, yb.clamp_min(0)[..., None])[..., 0]                        # (B, T)
+        right = logits.gather(-1, yb.masked_fill(~counts, 0)[..., None])[..., 0]                        # (B, T)
         each = Z - (1 - label_smoothing) * right + z_loss * Z.square()
         if label_smoothing: each = each - label_smoothing * logits.mean(-1)
         return (each * counts).sum() / counts.sum().clamp_min(1)

@@ -6,8 +6,8 @@
 __all__ = ['log', 'COMMANDS', 'WITH_CHECKPOINT', 'corpus_key', 'StaleError', 'step', 'RunConfig', 'config_path', 'default_config',
            'load_config', 'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'run', 'generate_command', 'main']
 
-# %% ../nbs/26_pipeline.ipynb #38c7f4af
-import dataclasses, functools, hashlib, json, logging, os, shlex, shutil, sys, time
+# %% ../nbs/26_pipeline.ipynb #52a97d8a
+import dataclasses, functools, hashlib, inspect, json, logging, os, shlex, shutil, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.docments import docments
 
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
 from .benchmarks import SandboxError, eval_command, evaluation_report
@@ -136,11 +137,17 @@ def default_config(
         except FileNotFoundError: continue
     raise FileNotFoundError(f'no configuration for {data!r}')
 
-# %% ../nbs/26_pipeline.ipynb #512a77a1
+# %% ../nbs/26_pipeline.ipynb #d15d1247
 def _jsonargparse() -> Any:
     try: import jsonargparse, yaml
     except ImportError: raise ImportError("the command line needs jsonargparse and PyYAML: pip install 'llm_course[train]'") from None
     return jsonargparse
+
+def _explain(parser: Any, owner: Any, prefix: str = '') -> None:
+    "Put the comments beside parameters or fields into the help of their options."
+    notes = docments(owner)
+    for action in parser._actions:
+        if action.dest.startswith(prefix) and (text := notes.get(action.dest.removeprefix(prefix))): action.help = text.replace('%', '%%')
 
 def _run_parser(description: str = '') -> Any:
     "A parser of everything in RunConfig, and of `--config`."
@@ -148,6 +155,7 @@ def _run_parser(description: str = '') -> Any:
     parser = lib.ArgumentParser(prog='llm-course', allow_abbrev=False, description=description)
     parser.add_argument('--config', action=lib.ActionConfigFile, help='a YAML file, or the name of one that ships with the package')
     parser.add_class_arguments(RunConfig, as_group=False)
+    _explain(parser, RunConfig); _explain(parser, TrainConfig, 'train.')
     return parser
 
 def _with_config(args: Sequence[str]) -> list[str]:
@@ -228,7 +236,7 @@ def prepare(
     say(f'tokens: {len(out.train):,} to learn from, {len(out.val):,} held out, {out.train.n_bytes / len(out.train):.2f} bytes each')
     return out
 
-# %% ../nbs/26_pipeline.ipynb #b45e8b27
+# %% ../nbs/26_pipeline.ipynb #e2aad6ac
 def pretrain(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -237,8 +245,8 @@ def pretrain(
     "Prepare the data, then train, from the last checkpoint if there is one."
     ready, device = prepare(config, say, progress), pick_device(config.device)
     mc, tc = config.model_config(ready.tokenizer.vocab_size), config.train_config()
-    trainer = Trainer(GPT(mc, seed=tc.seed), ready.train, ready.val, tc, config.folder, ready.tokenizer, device)
     check_fits(memory_plan(mc, tc, device.type), available_memory(device.type))
+    trainer = Trainer(GPT(mc, seed=tc.seed), ready.train, ready.val, tc, config.folder, ready.tokenizer, device)
     resumed, tokens = trainer.resume(), tc.batch_size * tc.accumulate * trainer.seq_len
     left, params = tc.max_steps - trainer.step, sum(count_params(mc).values())
     if not left:
@@ -341,7 +349,7 @@ def generate_command(
         sys.stdout.write(piece); sys.stdout.flush()
     sys.stdout.write('\n')
 
-# %% ../nbs/26_pipeline.ipynb #217f2117
+# %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
     say(f'{config.data}: {len(docs)} documents, {sum(len(d.text.encode()) for d in docs):,} bytes')
@@ -366,6 +374,7 @@ def _parser() -> Any:
     for name, (text, function) in WITH_CHECKPOINT.items():
         sub = ArgumentParser(allow_abbrev=False, description=text.capitalize() + '.')
         sub.add_function_arguments(function, as_group=False)
+        _explain(sub, inspect.unwrap(function))
         commands.add_subcommand(name, sub, help=text)
     return parser
 

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FORMATS', 'KEPT', 'HARDWARE', 'PeakBytes', 'FloatFormat', 'lost_share', 'LossScaler', 'SavedBytes',
            'checkpoint_activations', 'chunked_cross_entropy', 'chunked_loss', 'block_bytes', 'MemoryPlan',
-           'memory_plan', 'available_memory', 'check_fits', 'compile_blocks', 'Hardware', 'this_hardware', 'mfu',
-           'Cost', 'training_cost', 'measure_training']
+           'memory_plan', 'available_memory', 'check_fits', 'compile_blocks', 'Hardware', 'hardware_by_name',
+           'this_hardware', 'mfu', 'Cost', 'training_cost', 'measure_training']
 
 # %% ../nbs/11_scaling.ipynb #81ead128
-import functools, math, shutil, statistics, time, weakref
+import functools, math, os, shutil, statistics, sys, time, weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -341,7 +341,9 @@ def memory_plan(
     checkpoint_every: int|None = None,     # as for `checkpoint_activations`
     chunk: int|None = None                 # as for `chunked_loss`; None: all logits at once
 ) -> MemoryPlan:
-    "Bytes of a training step of `GPT(config)`, predicted. Weights are float32, lower precision means autocast. Raises `ValueError` for an unknown optimizer."
+    "Bytes of a training step of `GPT(config)`, predicted, without temporary arrays inside `optimizer.step()` (fused AdamW has none). Weights are float32, lower precision means autocast. Raises `ValueError` for an unknown optimizer, or for `checkpoint_every` or `chunk` below 1."
+    for name, value in (('checkpoint_every', checkpoint_every), ('chunk', chunk)):
+        if value is not None and (type(value) is not int or value < 1): raise ValueError(f'{name}={value!r}: give 1 or more, or None for none')
     c, t = config, train_config or TrainConfig()
     T, a = t.seq_len or c.max_seq_len, 4 if t.precision == 'float32' else 2
     N, counts, block = t.batch_size * T, count_params(c), sum(block_bytes(c, T, t.precision, device).values())
@@ -366,8 +368,9 @@ def available_memory(
 ) -> int: # bytes
     "Memory that is free on a device now, without swapping."
     kind = torch.device(device).type
-    if kind == 'cuda': return torch.cuda.mem_get_info(device)[0]
-    if kind == 'mps': return torch.mps.recommended_max_memory() - torch.mps.driver_allocated_memory()
+    if kind == 'cuda':                                                                      # what the driver has, and what PyTorch's allocator keeps unused
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if kind == 'mps': return torch.mps.recommended_max_memory() - torch.mps.current_allocated_memory()
     return psutil.virtual_memory().available
 
 def check_fits(
@@ -378,6 +381,7 @@ def check_fits(
     if plan.peak <= available: return
     advice = {'activations': 'a smaller batch_size with a larger accumulate, bfloat16, or checkpoint_activations(model)',
               'logits': 'loss_fn=chunked_loss(), a smaller batch_size, or a smaller vocabulary',
+              'working': 'a smaller batch_size with a larger accumulate: it is what one block, or the end of forward, needs at once',
               'optimizer': 'a smaller model, or one whose state is divided among devices (chapter 11b)'}
     part = max(advice, key=lambda name: getattr(plan, name))
     raise MemoryError(f'a step needs {plan.peak / 1e9:.2f} GB, but {available / 1e9:.2f} GB are available. '
@@ -390,8 +394,9 @@ def compile_blocks(
 ) -> GPT: # the same model; the first step will take long
     "Compile each block in place. Raises `RuntimeError` where the CPU needs a C++ compiler and there is none."
     on_cpu = next(model.parameters()).device.type == 'cpu'
-    if on_cpu and not any(shutil.which(name) for name in ('c++', 'g++', 'clang++', 'cl')):
-        raise RuntimeError('torch.compile needs a C++ compiler on the CPU and found none: install g++ or clang, or train without compile')
+    compiler = os.environ.get('CXX', {'win32': 'cl', 'darwin': 'clang++'}.get(sys.platform, 'g++'))     # the one that PyTorch will call
+    if on_cpu and not shutil.which(compiler):
+        raise RuntimeError(f'torch.compile needs a C++ compiler on the CPU, and {compiler} was not found: install it, name another in CXX, or train without compile')
     for block in model.blocks: block.compile(**options)
     return model
 
@@ -408,10 +413,21 @@ class Hardware:
 
 HARDWARE = {h.name: h for h in (
     Hardware('A100', 312e12, 2.039e12, 80e9, 400, 'NVIDIA A100 Tensor Core GPU data sheet, 80GB SXM'),
-    Hardware('H100', 989.4e12, 3.35e12, 80e9, 700, 'NVIDIA H100 Tensor Core GPU data sheet, SXM5, dense'),
-    Hardware('H200', 989.4e12, 4.8e12, 141e9, 700, 'NVIDIA H200 Tensor Core GPU data sheet, SXM, dense'),
+    Hardware('H100', 989.4e12, 3.35e12, 80e9, 700, 'NVIDIA H100 Tensor Core GPU Architecture white paper, SXM5, dense'),
+    Hardware('H200', 989.4e12, 4.8e12, 141e9, 700, 'NVIDIA H200 Tensor Core GPU data sheet, SXM; peak as H100'),
     Hardware('RTX 4090', 165.2e12, 1.008e12, 24e9, 450, 'NVIDIA Ada GPU Architecture white paper, appendix A'),
     Hardware('RTX 3090', 71e12, .936e12, 24e9, 350, 'NVIDIA GA102 GPU Architecture white paper, appendix A'))}
+
+_OTHER_BOARDS = {'PCIe', 'PCIE', 'NVL', 'MIG', 'Ti', 'SUPER', 'D', 'Laptop'}            # the same name with other numbers
+
+def hardware_by_name(
+    name: str # as `torch.cuda.get_device_name` gives it
+) -> Hardware:
+    "The entry of `HARDWARE` for a GPU. Raises `KeyError` for one that is not in the table, such as the PCIe, Ti or laptop board of the same name."
+    words = set(name.replace('-', ' ').split())
+    known = [h for h in HARDWARE.values() if set(h.name.split()) <= words and not words & _OTHER_BOARDS]
+    if not known: raise KeyError(f'{name} is not in HARDWARE, which has {", ".join(HARDWARE)}: make a Hardware(...) from its data sheet and pass that')
+    return known[0]
 
 def this_hardware(
     device: str = 'cpu', # a GPU is looked up by its name, anything else is measured
@@ -420,13 +436,11 @@ def this_hardware(
     "The device you have: an entry of `HARDWARE`, or its measured speed in float32. Raises `KeyError` for a GPU that is not in the table."
     kind = torch.device(device).type
     if kind == 'cuda':
-        name = torch.cuda.get_device_name(device)
-        if not (known := [h for h in HARDWARE.values() if h.name in name]): raise KeyError(f'{name} is not in HARDWARE: add its peak from the data sheet')
-        return known[0]
-    x = torch.empty(1 << 23, device=device).fill_(1.)
+        return hardware_by_name(torch.cuda.get_device_name(device))
+    x = torch.empty(1 << 23, device=device).fill_(1.); y = x.clone()                    # y has its pages already: only the copy is timed
     times = []
     for _ in range(5):
-        start = time.perf_counter(); x.clone().view(-1)[-1].item(); times.append(time.perf_counter() - start)
+        start = time.perf_counter(); y.copy_(x)[-1].item(); times.append(time.perf_counter() - start)
     return Hardware(f'this {kind}', flops_per_second(device), 2 * x.nbytes / min(times), available_memory(device), watts, 'measured')
 
 # %% ../nbs/11_scaling.ipynb #b001ebed
@@ -446,11 +460,11 @@ class Cost:
     flops: float
     hours: float       # by the clock
     money: float       # in the unit of the price
-    kwh: float         # at the meter of the data centre
-    kg_co2: float
+    kwh: float         # of the devices, at the meter of the data centre
+    kg_co2: float      # of those kilowatt hours
 
     def __str__(self) -> str:
-        return f'{self.flops:.2g} FLOPs, {self.hours:,.1f} hours, {self.money:,.0f} in money, {self.kwh:,.1f} kWh, {self.kg_co2:,.1f} kg CO2'
+        return f'{self.flops:.2g} FLOPs, {self.hours:,.1f} hours, price {self.money:,.0f}, {self.kwh:,.1f} kWh, {self.kg_co2:,.1f} kg CO2'
 
 # %% ../nbs/11_scaling.ipynb #e875cab6
 def training_cost(
@@ -466,7 +480,8 @@ def training_cost(
 ) -> Cost:
     "Hours, money, energy and carbon dioxide of a training run. Raises `ValueError` for what cannot be."
     if not 0 < mfu <= 1: raise ValueError(f'mfu={mfu} is not in (0, 1]: a run uses a share of the peak, 0.3 to 0.5 if it is a good one')
-    if tokens <= 0 or devices < 1: raise ValueError(f'tokens={tokens}, devices={devices}: both must be positive')
+    if not (tokens > 0 and devices >= 1 and price_per_hour >= 0 and pue >= 1 and kg_per_kwh >= 0):
+        raise ValueError(f'tokens={tokens}, devices={devices}, price_per_hour={price_per_hour}, pue={pue}, kg_per_kwh={kg_per_kwh}: need tokens > 0, devices >= 1, pue >= 1, and neither price nor carbon below 0')
     flops = tokens * flops_per_token(config, seq_len)
     hours = flops / (mfu * devices * hardware.flops) / 3600
     kwh = hours * devices * hardware.watts * pue / 1000

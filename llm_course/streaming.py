@@ -66,6 +66,8 @@ def _read_index(folder: Path) -> dict:
     except ValueError as e: raise ValueError(f'{folder/INDEX} is not JSON ({e}): write the shards again') from None
     if not isinstance(index, dict) or (index.get('format'), index.get('version')) != ('llm_course.shards', 1):
         raise ValueError(f'{folder/INDEX} is not an index of version 1: write the shards again')
+    if not index.keys() >= {'complete', 'fingerprint', 'vocab_size', 'shard_tokens', 'shards'} or (index['complete'] and not index['shards']):
+        raise ValueError(f'{folder/INDEX} is damaged: it lists no shards, or lacks one of its keys; write the shards again')
     return index
 
 def _open_shard(folder: Path, entry: dict, tokenizer: Any) -> TokenFile:
@@ -106,8 +108,9 @@ def _numbered(documents: Iterable[Sequence[int]], shard_tokens: int, number: int
     "Each document with the number of its shard."
     count = 0
     for document in documents:
-        if count >= shard_tokens and len(document): number, count = number + 1, 0
-        count += len(document)
+        size = len(document) if hasattr(document, '__len__') else 0         # no list: write_tokens says what is wrong
+        if count >= shard_tokens and size: number, count = number + 1, 0
+        count += size
         yield number, document
 
 def _begun(folder: Path, tokenizer: Any, shard_tokens: int) -> list[dict]:
@@ -163,7 +166,7 @@ def buffer_shuffle(
     size: int,       # how many are held in memory
     seed: int = 0
 ) -> Iterator: # the same items, in another order
-    "Shuffle a stream through a buffer. An item leaves at most `size` places early, and late by a geometric time of mean `size`."
+    "Shuffle a stream through a buffer. An item leaves at most `size - 1` places early; if it is late, then by a geometric time of mean `size`."
     if size < 1: raise ValueError(f'size {size} is too small: a buffer holds at least one item')
     rng, buffer = np.random.default_rng(seed), []
     for item in items:
@@ -194,14 +197,20 @@ class RandomOrder:
         return (left << h) | right
 
     def __call__(self, positions: np.ndarray) -> np.ndarray: # int64, any shape -> int64, the same shape
-        i = np.asarray(positions, dtype=np.int64)
+        i = np.asarray(positions).astype(np.int64, casting='same_kind')             # TypeError for fractions
         if i.size and (i.min() < 0 or i.max() >= self.n): raise IndexError(f'positions from {i.min()} to {i.max()} are not all in [0, {self.n})')
         x = self._encrypt(i.reshape(-1).astype(np.uint64))
         while len(outside := np.flatnonzero(x >= np.uint64(self.n))): x[outside] = self._encrypt(x[outside])
         return x.astype(np.int64).reshape(i.shape)
 
 # %% ../nbs/09b_streaming.ipynb #9d8e62d0
-def _stream(tokens: Any) -> Any: return tokens.ids if isinstance(tokens, TokenFile) else tokens
+def _stream(tokens: Any) -> Any:
+    "What can be sliced: shards as they are, anything else as a one-dimensional array of integers. Raises `ValueError` for what is not a stream of ids."
+    if isinstance(tokens, Shards): return tokens
+    ids = np.asarray(tokens.ids if isinstance(tokens, TokenFile) else tokens)      # a view, nothing is copied
+    if ids.ndim != 1: raise ValueError(f'tokens of shape {ids.shape} are not one stream: join the documents to one list of ids')
+    if len(ids) and ids.dtype.kind not in 'iu': raise ValueError(f'tokens of type {ids.dtype} are not ids: encode the text first')
+    return ids
 
 def _digest(tokens: Any) -> int:
     "A number that tells corpora apart: of the index for shards, of the tokens for anything else."
@@ -210,6 +219,7 @@ def _digest(tokens: Any) -> int:
     for i in range(0, len(tokens), 1 << 20): crc = zlib.crc32(np.asarray(tokens[i:i + (1 << 20)]).astype('<i8').tobytes(), crc)
     return crc
 
+# %% ../nbs/09b_streaming.ipynb #50a700e3
 class CutRows:
     "Rows of `seq_len` tokens, cut side by side from a stream whatever documents they cross (Radford et al., 2019)."
     def __init__(self, tokens: Shards|TokenFile|np.ndarray, seq_len: int):
@@ -301,7 +311,7 @@ class PackedRows:
 @patch
 def batch(self: PackedRows, rows: np.ndarray, shift: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Inputs, targets, positions and documents of these rows, int64 (B, T). Targets at the end of a document and in the padding are -100."
-    x = np.full((len(rows), self.seq_len), self.end_id)
+    x = np.full((len(rows), self.seq_len), self.end_id, dtype=np.int64)
     y, positions, documents = np.full_like(x, -100), np.zeros_like(x), np.full_like(x, -1)
     for b, row in enumerate(np.asarray(rows).tolist()):
         at = 0
@@ -401,6 +411,8 @@ def close(self: StreamingBatches) -> None:
 def __enter__(self: StreamingBatches) -> StreamingBatches: return self
 @patch
 def __exit__(self: StreamingBatches, *exc: Any) -> None: self.close()
+@patch
+def __getstate__(self: StreamingBatches) -> dict: return {**self.__dict__, '_pool': None, '_ahead': deque()}   # another process has its own threads
 
 # %% ../nbs/09b_streaming.ipynb #ed89f1e4
 @patch
@@ -427,8 +439,9 @@ def load_state_dict(self: StreamingBatches,
 # %% ../nbs/09b_streaming.ipynb #eb441351
 class BatchStream(IterableDataset):
     "The batches of `StreamingBatches` for `torch.utils.data.DataLoader(..., batch_size=None)`: of W worker processes, worker w makes every W-th."
-    def __init__(self, batches: StreamingBatches):
+    def __init__(self, batches: StreamingBatches): # on the CPU; iteration begins at `batches.step`, which the loader does not move
         super().__init__()
+        if batches.device.type != 'cpu': raise ValueError(f'batches on {batches.device}: worker processes make batches on the CPU; move what comes out of the DataLoader')
         self.batches = batches
 
     def __iter__(self) -> Iterator[tuple]:
@@ -474,9 +487,9 @@ def _check_borders(x: Tensor, y: Tensor, extra: dict, end_id: int) -> None:
 # %% ../nbs/09b_streaming.ipynb #075e2e36
 def check_batches(
     batches: Iterable,       # yields (xb, yb) or (xb, yb, kwargs); as many as are needed are taken
-    n_batches: int,          # how many to look at
+    n_batches: int,          # how many to look at; without n_rows, no more than an epoch has
     n_rows: int|None = None, # rows of an epoch: with it, the order of the second is compared with the first
-    end_id: int|None = None, # with it, documents must not see each other
+    end_id: int|None = None, # token that ends each document: with it, documents must not see each other
     repeats: float = .01     # share of equal rows that the text itself may hold
 ) -> int: # rows seen
     "Look for the famous faults of a training loader. Raises `ValueError` naming the first that is found."

@@ -45,7 +45,7 @@ def test_wandb_offline_goes_on_in_the_same_run(tmp_path, monkeypatch):
     second = offline(tmp_path/'run', tmp_path, 6)
     written = list((tmp_path/'wandb').glob('offline-run-*/*.wandb'))
     assert first.id == second.id and len(written) == 2
-    assert all(p.name == f'run-{first.id}.wandb' and p.stat().st_size > 200 for p in written)
+    assert {p.name for p in written} == {f'run-{first.id}.wandb'}, written
 
 def test_wandb_missing_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, 'wandb', None)

@@ -131,7 +131,8 @@ def test_few_shot_never_shows_the_answer_and_not_the_order_of_the_test(seed, sho
     got = few_shot(pool[3], pool, shots, seed)
     assert 'secret 3' not in got.context and got.context.count('secret') == shots and got.context.endswith('question 3:')
     assert (got.choices, got.answer, got.name) == (pool[3].choices, 1, '3')
-    assert got == few_shot(ChoiceItem('question 3:', ('yes', 'secret 3'), 1, '3'), list(pool), shots, seed)
+    in_order = {i: few_shot(pool[i], pool, shots, seed) for i in order}           # whatever was asked before, the prompt is the same
+    assert in_order[3] == got and in_order == {i: few_shot(pool[i], pool, shots, seed) for i in range(7)}
 
 def test_normalisation_by_characters_and_bytes_differ_where_they_should():
     items = [ChoiceItem('the', ('ééé', 'catsat'), 0)]
@@ -250,7 +251,7 @@ def test_memory_of_the_search_does_not_grow_with_the_training_text():
 
 def test_one_hash_for_two_runs_is_no_leak(monkeypatch):
     import llm_course.evaluation as e
-    monkeypatch.setattr(e, '_word_hash', lambda w: 7)
+    monkeypatch.setattr(e, 'word_hashes', lambda text: np.full(len(text.split()), 7, np.uint64))
     assert contamination(['a b c d'], ['e f g h i'], n=3).leaks == ()
     assert len(contamination(['a b c d'], ['x b c d'], n=3).leaks) == 1
 

@@ -55,8 +55,10 @@ def test_sgd_is_pytorchs(shapes, dtype, lr, momentum, nesterov, decay, steps, se
     tolerance = 1e-5 if dtype == torch.float32 else 1e-10
     assert compare(lambda p: SGD(p, **options), lambda p: torch.optim.SGD(p, **options), shapes, dtype, steps, seed) < tolerance
 
-@few
-@given(matrices, rates, st.floats(0, .99), st.booleans(), st.floats(0, 1), st.sampled_from(['original', 'match_rms_adamw']), st.integers(0, 5), st.integers(1, 8), st.integers(0, 99))
+lopsided = st.lists(st.tuples(st.integers(1, 8), st.integers(16, 24), st.booleans()).map(lambda s: (s[1], s[0]) if s[2] else s[:2]), min_size=1, max_size=5)
+
+@few     # no square matrices: a tiny singular value turns a last bit of bfloat16 into a visible difference on a processor that adds in another order
+@given(lopsided, rates, st.floats(0, .99), st.booleans(), st.floats(0, 1), st.sampled_from(['original', 'match_rms_adamw']), st.integers(0, 5), st.integers(1, 8), st.integers(0, 99))
 def test_muon_is_pytorchs_in_bfloat16(shapes, lr, momentum, nesterov, decay, adjust, ns_steps, steps, seed):
     options = dict(lr=lr, momentum=momentum, nesterov=nesterov, weight_decay=decay, ns_steps=ns_steps)
     error = compare(lambda p: Muon(p, ns_dtype=torch.bfloat16, adjust_lr=adjust, **options), lambda p: torch.optim.Muon(p, adjust_lr_fn=adjust, **options),
