@@ -131,8 +131,9 @@ def number(
     text: str # such as '$1,234.50', '-3/4' or '42.'
 ) -> str|None: # such as '2469/2', '-3/4', '42'; None if it is not a number
     "A number in one form: a fraction in lowest terms, or an integer."
-    bare = re.sub(r'[\s,$%]|\\[!%$]', '', text).rstrip('.')
-    if not (m := re.fullmatch(r'([+-]?(?:\d+\.?\d*|\.\d+))(?:/(\d+))?', bare, re.ASCII)) or (m[2] and int(m[2]) == 0): return None
+    bare = re.sub(r'[$%]|\\[!%$]', '', text)
+    bare = re.sub(r'(?<=\d),(?=\d{3}(?!\d))|(?<!\d)\s+|\s+(?!\d)', '', bare).rstrip('.,')   # commas of thousands only; and '1 1/2' is not 11/2
+    if len(bare) > 1000 or not (m := re.fullmatch(r'([+-]?(?:\d+\.?\d*|\.\d+))(?:/(\d+))?', bare, re.ASCII)) or (m[2] and int(m[2]) == 0): return None
     return str(Fraction(Decimal(m[1])) / int(m[2] or 1))
 
 def gsm8k_answer(
@@ -173,8 +174,8 @@ def math_answer(
     a = re.sub(r'\\[dt]frac', r'\\frac', a.strip().rstrip('.'))
     a = re.sub(r'\\frac\s*(\d)\s*(\d)', r'\\frac{\1}{\2}', a)
     a = re.sub(r'^[a-zA-Z]\s*=', '', a)                                               # x = 5
-    plain = re.sub(r'\\frac\{(-?\d+)\}\{(\d+)\}', r'\1/\2', a).replace(r'\ ', '')
-    return number(plain) or re.sub(r'\s', '', a)
+    plain = re.sub(r'(?<!\d)\\frac\{(-?\d+)\}\{(\d+)\}', r'\1/\2', a).replace(r'\ ', '')
+    return number(plain) or re.sub(r'(?<!\d)\s+|\s+(?!\d)', '', a)
 
 # %% ../nbs/12b_benchmarks.ipynb #a6c192d0
 @dataclass(frozen=True)
@@ -187,13 +188,14 @@ class Benchmark:
     splits: dict[str, str] = field(default_factory=dict) # names of splits in the files, where they differ from the hub's
     extract: Callable[[str], str|None]|None = None       # the answer in a text
     packaged: str|None = None                  # name of a file for `fetch_file`
+    split: str = 'test'                        # the split that is scored, since its answers are public
 
 _ARC = {'train': 'Train', 'validation': 'Dev', 'test': 'Test'}
 BENCHMARKS: dict[str, Benchmark] = {
     'mmlu': Benchmark(_mmlu, '*_{split}.csv', 'cais/mmlu', 'all', {'validation': 'val'}),
     'arc-easy': Benchmark(_arc, 'ARC-Easy-{split}.jsonl', 'allenai/ai2_arc', 'ARC-Easy', _ARC),
     'arc-challenge': Benchmark(_arc, 'ARC-Challenge-{split}.jsonl', 'allenai/ai2_arc', 'ARC-Challenge', _ARC),
-    'hellaswag': Benchmark(_hellaswag, 'hellaswag_{split}.jsonl', 'Rowan/hellaswag', None, {'validation': 'val'}),
+    'hellaswag': Benchmark(_hellaswag, 'hellaswag_{split}.jsonl', 'Rowan/hellaswag', None, {'validation': 'val'}, split='validation'),
     'gsm8k': Benchmark(_gsm8k, '{split}.jsonl', 'openai/gsm8k', 'main', extract=gsm8k_answer),
     'math': Benchmark(_math, '{split}/**/*.json', 'EleutherAI/hendrycks_math', '*', extract=math_answer),
     'bbh': Benchmark(_bbh, '*.json', 'lukaemon/bbh', '*', extract=bbh_answer),
@@ -248,17 +250,18 @@ def _hub_rows(bench: Benchmark, split: str) -> Iterator[tuple[Any, str]]:
         for config in configs:
             rows = datasets.load_dataset(bench.hub, config, split=split)
             yield from ((row, f'{bench.hub} {config or ""} {split}, row {n}') for n, row in enumerate(rows, 1))
-    except (OSError, ValueError) as e: raise ConnectionError(f'{bench.hub}, split {split!r}, could not be read from the hub ({str(e)[:200]}): name a local file instead') from e
+    except (OSError, ValueError, RuntimeError) as e: raise ConnectionError(f'{bench.hub}, split {split!r}, could not be read from the hub ({str(e)[:200]}): name a local file instead') from e
 
 # %% ../nbs/12b_benchmarks.ipynb #808b4afe
 def read_benchmark(
     name: str,                              # a key of BENCHMARKS
     path: str|Path|Iterable[dict]|None = None, # a file, a published folder, or rows; None: the packaged file, or else the hub
-    split: str = 'test',                    # 'train', 'validation' or 'test', as far as they exist; a single file is read whole
-    limit: int|None = None                  # at most so many items
+    split: str|None = None,                 # 'train', 'validation' or 'test', as far as they exist (default: the one that is scored); a single file is read whole, but for MBPP's, which holds all splits
+    limit: int|None = None                  # at most so many items, the first in the order of the files: of MMLU these are all from one subject
 ) -> list[ChoiceItem]|list[TextItem]|list[CodeItem]:
     "The items of a benchmark. Raises `ValueError` naming file, line and field for what does not fit its format."
     bench = _benchmark(name)
+    split = split or bench.split
     if limit is not None and limit < 1: raise ValueError(f'limit={limit}: ask for at least one item, or None for all')
     if path is None and bench.packaged: path = fetch_file(bench.packaged)
     if path is None: rows = _hub_rows(bench, split)
@@ -305,14 +308,17 @@ def _guard(stdlib, quiet=frozenset(('compile', 'exec', 'marshal.loads', 'object.
                                     'builtins.id', 'builtins.input', 'builtins.input/result', 'time.sleep', 'sys.excepthook', 'sys.unraisablehook', 'array.__new__'))):
     "Runs in the child: from now on this interpreter imports from `stdlib` and computes, and does nothing else."
     import sys
-    closed = frozenset(('ctypes', '_ctypes', 'socket', '_socket', 'subprocess', '_posixsubprocess', 'multiprocessing', '_multiprocessing', 'mmap', 'fcntl', 'signal', 'resource'))
-    def inside(path): return type(path) is str and path.startswith(stdlib) and '..' not in path
-    def hook(event, args):
+    closed = frozenset(('ctypes', '_ctypes', 'socket', '_socket', 'subprocess', '_posixsubprocess', 'multiprocessing', '_multiprocessing', '_posixshmem', 'mmap', 'fcntl', 'signal', '_signal', 'resource'))
+    for name in closed: sys.modules.pop(name, None)                                   # what is loaded already would be imported without a question
+    # What the hook uses is bound as defaults: the program could replace a built-in, or reach a cell of a closure through a traceback.
+    def hook(event, args, quiet=quiet, closed=closed, stdlib=stdlib + '/', kind=type, text=str, number=int, refusal=PermissionError):
         if event in quiet: return
-        if event == 'import' and args[0].partition('.')[0] not in closed: return
-        if event == 'open' and (type(args[0]) is int or inside(args[0]) and args[1] in ('r', 'rb')): return
-        if event == 'os.listdir' and inside(args[0]): return                          # the import system looks into its folders
-        raise PermissionError(f'{event} {args[0] if args else ""!r} is not allowed in the sandbox')
+        where = args[1] if event == 'import' else args[0] if args else None           # an import names a file if it is a shared library
+        inside = kind(where) is text and (where + '/').startswith(stdlib) and '..' not in where and '/site-packages' not in where
+        if event == 'import' and (where is None or inside) and kind(args[0]) is text and closed.isdisjoint(args[0].split('.')): return
+        if event == 'open' and (kind(where) is number or inside and args[1] in ('r', 'rb')): return
+        if event == 'os.listdir' and inside: return                                   # the import system looks into its folders
+        raise refusal(f'{event} {args[0] if args else ""!r} is not allowed in the sandbox')
     sys.addaudithook(hook)
 
 def _execute(stdlib, guarded):
@@ -376,7 +382,8 @@ def _launch(job):
             code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
             os._exit(code if code >= 0 else 128 - code)                               # 128 + the signal that killed it
         if os.geteuid() == 0: os.setgroups([]); os.setresgid(*3 * (65534,)); os.setresuid(*3 * (65534,))   # nobody
-        libc.prctl(1, 9); libc.prctl(38, 1, 0, 0, 0)
+        libc.prctl(1, 9)
+        if libc.prctl(38, 1, 0, 0, 0): raise OSError(ctypes.get_errno(), 'PR_SET_NO_NEW_PRIVS')
         for name, value in job['limits'].items(): resource.setrlimit(getattr(resource, name), (value, value))
         os.execve(job['program'][0], job['program'], {})
     except (OSError, ValueError, AttributeError) as e:
@@ -388,11 +395,11 @@ class SandboxError(RuntimeError):
 
 def _source(*functions: Callable, call: str) -> str: return '\n'.join([*map(inspect.getsource, functions), call])
 
-def _interpreter() -> tuple[str, str]: return os.path.realpath(getattr(sys, '_base_executable', sys.executable)), sysconfig.get_path('stdlib')
+def _interpreter() -> tuple[str, str]: return tuple(map(os.path.realpath, (getattr(sys, '_base_executable', sys.executable), sysconfig.get_path('stdlib'))))  # the child sees real paths
 
 def _needed(python: str, stdlib: str) -> list[str]:
     "The folders that an interpreter needs, none inside another."
-    wanted = [p for p in (str(Path(python).parent.parent), str(Path(stdlib).parent), '/usr/lib', '/usr/lib64', '/lib', '/lib64') if os.path.isdir(p)]
+    wanted = [p for p in (str(Path(python).parent), str(Path(stdlib).parent), '/usr/lib', '/usr/lib64', '/lib', '/lib64') if os.path.isdir(p)]
     found = sorted({*wanted, *map(os.path.realpath, wanted)}, key=len)
     return [p for i, p in enumerate(found) if not any(p.startswith(q + '/') for q in found[:i])]
 
@@ -443,7 +450,7 @@ def _result(status: str, returncode: int, out: bytes, err: bytes, ticket: str, c
 # %% ../nbs/12b_benchmarks.ipynb #bb9e6ad7
 def run_python(
     code: str,                    # a whole program, with its tests at the end
-    timeout: float = 5.,          # seconds on the clock
+    timeout: float = 5.,          # seconds on the clock, with the start of two interpreters: a busy machine needs more
     memory: int = 256 << 20,      # bytes of address space
     output: int = 1 << 16,        # bytes that it may print, both streams together
     namespaces: bool|None = None, # a world of its own; None: if the kernel grants it
@@ -467,22 +474,22 @@ def run_python(
 @lru_cache
 def sandbox_layers() -> dict[str, bool]:
     "Which walls this machine has: 'limits', 'namespaces' (tried once, with an empty program) and 'guard'. Says so in the log if namespaces are missing."
-    linux = sys.platform.startswith('linux')
-    try: namespaces = linux and run_python('', namespaces=True, timeout=20.).passed
-    except SandboxError as e:
-        namespaces = False
-        logging.getLogger('llm_course').warning('no namespaces here (%s): only limits and an audit hook stand between model code and your files', e)
-    return {'limits': linux, 'namespaces': namespaces, 'guard': linux}
+    linux, why = sys.platform.startswith('linux'), ''
+    try:
+        if linux and not (r := run_python('', namespaces=True, timeout=20.)).passed: why = f'an empty program ended with {r.status!r}: {r.stderr.strip()[-200:]}'
+    except SandboxError as e: why = str(e)
+    if why: logging.getLogger('llm_course').warning('no namespaces here (%s): only limits and an audit hook stand between model code and your files', why)
+    return {'limits': linux, 'namespaces': linux and not why, 'guard': linux}
 
 # %% ../nbs/12b_benchmarks.ipynb #54ceb3e8
 def run_many(
     programs: Sequence[str],   # whole programs
-    workers: int|None = None,  # how many at a time; default: one for each processor
+    workers: int|None = None,  # how many at a time; default: one for each processor that this process may use
     progress: bool = False,    # show a bar
     **options                  # as for `run_python`
 ) -> list[RunResult]: # one for each program, in their order
     "Run programs in sandboxes, several at a time."
-    workers = workers or os.cpu_count() or 1
+    if workers is None: workers = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else 1
     if workers < 1: raise ValueError(f'workers={workers}: at least one program must run at a time')
     with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(lambda code: run_python(code, **options), programs), 'running', len(programs), unit=' programs', disable=not progress))
@@ -625,7 +632,7 @@ def _measure(model: nn.Module, tokenizer: Any, name: str, asked: Any, batch_size
     g, bar = generator(seed), tqdm(asked, name, disable=not progress)
     write = lambda item, warm, length: complete(model, tokenizer, item.prompt, item.stop, length, warm, g, 'cut')
     if isinstance(asked[0], TextItem): return {'accuracy': bootstrap_interval([float(grade(name, i, write(i, 0., 256))) for i in bar])}
-    scores = evaluate_code(asked, [[write(i, .8 if samples > 1 else 0., 256) for _ in range(samples)] for i in bar], (samples,), progress=progress)
+    scores = evaluate_code(asked, [[write(i, .8 if samples > 1 else 0., 256) for _ in range(samples)] for i in bar], (samples,), progress=progress, timeout=15.)
     return {f'pass@{k}': scores.pass_at(k) for k in sorted({1, samples})}
 
 def _surprise(model: nn.Module, tokenizer: Any, ids: np.ndarray, options: dict) -> dict[str, Interval]:
@@ -674,8 +681,8 @@ def eval_command(
     seed: int = 0,
     device: str|None = None,          # cpu, cuda or mps; default: the fastest that passes its canary
     progress: bool = True             # show bars
-) -> dict: # what evaluation_results.json holds
-    "Evaluate a checkpoint. Tasks that were measured with the same inputs are not measured again."
+) -> dict: # what evaluation_results.json holds of these tasks
+    "Evaluate a checkpoint, without solved examples in the prompt. A question that does not fit the context loses its beginning. Tasks that were measured with the same inputs are not measured again."
     if samples < 1 or (limit is not None and limit < 1): raise ValueError(f'samples={samples}, limit={limit}: ask for at least one')
     path, names = find_checkpoint(checkpoint), tasks or ['heldout', 'continuations']
     for name in names:
@@ -684,7 +691,7 @@ def eval_command(
     if (tokenizer := loaded.tokenizer) is None: raise CheckpointError(f'{path} has no tokenizer.json: it cannot read text')
     ids = _heldout_ids(path, tokenizer, data) if {'heldout', 'continuations'} & set(names) else np.zeros(0, np.int64)
     folder, weights = Path(out) if out else path.parent.parent/'evaluation', file_sha256(path/'model.safetensors')
-    old = {k: v for k, v in _read_results(folder/'evaluation_results.json').items() if v['inputs']['weights'] == weights}   # of this model
+    old = {k: v for k, v in _read_results(folder/'evaluation_results.json').items() if v.get('inputs', {}).get('weights') == weights}   # of this model
     record = {'checkpoint': path.name, 'tasks': {}}
     for task in names:
         asked = _questions(task, ids, tokenizer, loaded.model.config.max_seq_len, limit, seed)

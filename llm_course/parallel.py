@@ -55,7 +55,10 @@ class Ranks:
     def close(self) -> None:
         "Stop the processes and delete what they wrote."
         for p in self.processes: p.kill()
-        for p in self.processes: p.wait(); p.stdin.close()
+        for p in self.processes:
+            p.wait()
+            try: p.stdin.close()
+            except OSError: pass                                              # it died before it had read a job
         if self.folder: shutil.rmtree(self.folder, ignore_errors=True)
         self.processes, self.folder = [], None
 
@@ -63,6 +66,7 @@ class Ranks:
 def _text(function: Callable|str) -> dict[str, str]:
     "How a function is named to another process: by module, or as source text."
     if isinstance(function, str): return {'name': 'main', 'module': '', 'source': function}
+    if function.__name__ == '<lambda>': raise ValueError('a lambda cannot be sent to another process: define a function with def, or pass the text of one')
     module = function.__module__ if function.__module__.startswith('llm_course.') else ''
     return {'name': function.__name__, 'module': module, 'source': '' if module else inspect.getsource(function)}
 
@@ -96,7 +100,8 @@ def _serve(folder: Path, timeout: float) -> None:
 @patch
 def _start(self: Ranks) -> None:
     self.folder = Path(tempfile.mkdtemp(prefix='ranks-'))
-    env = os.environ | {'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(self.ranks), 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
+    loop = {'linux': {'GLOO_SOCKET_IFNAME': 'lo'}, 'darwin': {'GLOO_SOCKET_IFNAME': 'lo0'}}.get(sys.platform, {})   # they are all on this machine
+    env = os.environ | loop | {'OMP_NUM_THREADS': '1', 'WORLD_SIZE': str(self.ranks), 'PYTHONPATH': os.pathsep.join(p for p in sys.path if p)}
     code = f'import importlib, pathlib; importlib.import_module("llm_course.parallel")._serve(pathlib.Path({str(self.folder)!r}), {self.timeout})'
     for r in range(self.ranks):
         with open(self.folder/f'{r}.log', 'w') as log:
@@ -124,18 +129,18 @@ def __call__(self: Ranks,
     **arguments: Any                        # tensors, numbers, strings, and lists and dictionaries of them
 ) -> list: # what each rank returned, rank 0 first
     "Run a function on all ranks. Raises `RankError` if one of them fails or ends or the time is up; then all are stopped, and the next call starts new ones."
-    if not self.processes: self._start()
+    if first := not self.processes: self._start()
     self.jobs += 1
     torch.save(_text(function) | {'helpers': [_text(h)['source'] for h in helpers], 'arguments': arguments}, self.folder/f'{self.jobs}.pt')
     for p in self.processes:
         try: p.stdin.write(f'{self.jobs}\n'); p.stdin.flush()
         except OSError: pass                                                  # it has died; noticed below
-    outs, end = [self.folder/f'{self.jobs}-{r}.out' for r in range(self.ranks)], time.monotonic() + (timeout or self.timeout + 60)
+    outs, end = [self.folder/f'{self.jobs}-{r}.out' for r in range(self.ranks)], time.monotonic() + (timeout or self.timeout + 60) + 120 * first    # new processes import PyTorch first
     try:
         while late := [str(r) for r, o in enumerate(outs) if not o.exists()]:
             if any(p.poll() is not None for p in self.processes): self._fail()
             if time.monotonic() > end: self._fail(f'no answer after {timeout or self.timeout + 60:.0f} s from rank {", ".join(late)}')
-            time.sleep(.002)
+            time.sleep(.01)
     except KeyboardInterrupt: self.close(); raise
     return [torch.load(o, weights_only=True) for o in outs]
 
@@ -163,7 +168,7 @@ def ring_all_reduce(
 
 # %% ../nbs/11b_parallel.ipynb #6045a47e
 class Traffic(TorchDispatchMode):
-    "Counts the collectives of this rank in its block: `.calls` by kind, `.sent` in bytes, as a ring would send them."
+    "Counts all-reduce, reduce-scatter and all-gather over all ranks in its block: `.calls` by kind, `.sent` in bytes of this rank, as a ring would send them."
     def __init__(self):
         super().__init__()
         self.calls, self.sent = Counter(), 0.
@@ -171,16 +176,19 @@ class Traffic(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Sequence[type], args: tuple = (), kwargs: dict|None = None) -> Any:
         if any(issubclass(t, DTensor) for t in types): return NotImplemented   # it will call again, with plain tensors
         name, R = func.name().replace('_', ''), dist.get_world_size() if dist.is_initialized() else 1
+        result = func(*args, **(kwargs or {}))
         if 'c10d' in name and (kind := next((k for k in ('allreduce', 'reducescatter', 'allgather') if k in name), None)):
-            n = sum(t.nbytes for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor))  # of halves: the whole and a part, n (R + 1) / R
+            returned = result if 'functional' in name and kind != 'allreduce' and not name.endswith('out') else None   # others are given where to write
+            n = sum(t.nbytes for t in tree_leaves((args, kwargs, returned)) if isinstance(t, Tensor))  # of halves: the whole and a part, n (R + 1) / R
             self.calls[kind] += 1
             self.sent += n * (R - 1) * (2 / R if kind == 'allreduce' else 1 / (R + 1))
-        return func(*args, **(kwargs or {}))
+        return result
 
 # %% ../nbs/11b_parallel.ipynb #8929b591
 class GradientBuckets:
     "Sums gradients over the ranks while the backward pass is running (Li et al., 2020). Call `finish` after it; set `enabled` to False for all but the last micro-batch."
     def __init__(self, model: nn.Module, bucket_bytes: int = 25 * 2**20):      # bucket_bytes: a bucket is closed when it has as many, or more
+        if bucket_bytes < 1: raise ValueError(f'bucket_bytes={bucket_bytes}: must be at least 1')
         self.enabled, self.buckets, size = True, [[]], 0
         for p in reversed([p for p in model.parameters() if p.requires_grad]):
             if size >= bucket_bytes: self.buckets.append([]); size = 0
@@ -225,6 +233,7 @@ class ZeroOptimizer:
     def __init__(self, optimizer: torch.optim.Optimizer): # over all parameters, not used yet; elementwise, as AdamW or SGD
         if optimizer.state: raise ValueError('this optimizer has taken steps already: wrap it before the first one')
         if type(optimizer).__name__ == 'Muon': raise ValueError('Muon looks at whole matrices, this divides them anywhere: use an elementwise optimizer')
+        if not all(p.requires_grad for g in optimizer.param_groups for p in g['params']): raise ValueError('some parameters are frozen, and weight decay would move them: leave them out of the optimizer')
         self.inner, self.rank, self.ranks = optimizer, dist.get_rank(), dist.get_world_size()
         self.params = [list(g['params']) for g in optimizer.param_groups]
         self.flats = [_flatten(ps, self.ranks) for ps in self.params]
@@ -378,6 +387,7 @@ def check_ranks(
 ) -> None:
     "Raises `ValueError` if the work cannot be divided evenly."
     if strategy not in STRATEGIES: raise ValueError(f'strategy={strategy!r} is unknown: choose one of {", ".join(STRATEGIES)}')
+    if ranks < 1: raise ValueError(f'ranks={ranks}: must be at least 1')
     need = {'batch_size': batch_size} if strategy != 'tp' else {'n_head': config.n_head, 'n_kv_head': config.n_kv_head, 'd_ff': config.d_ff}
     for name, value in need.items():
         if value % ranks: raise ValueError(f'{name}={value} cannot be divided by {ranks} ranks ({value % ranks} left over): '
@@ -484,6 +494,7 @@ def bytes_per_step(
 ) -> float: # bytes that each rank sends
     "Communication of one step by formula, with ring collectives, without padding and the few bytes of loss and norm."
     check_ranks(config, ranks, strategy, ranks)
+    if strategy == 'tp' and tokens < 1: raise ValueError(f'tokens={tokens}: tensor parallel sends activations, so say how many tokens there are in a step')
     if strategy == 'tp':
         numbers = config.n_layer * 2 * (4 * tokens * config.d_model + config.qk_norm * 2 * config.head_dim)
     else: numbers = {'ddp': 2, 'zero1': 2, 'fsdp2': 3}[strategy] * sum(count_params(config).values())
@@ -507,13 +518,14 @@ class ParallelTrainer(Trainer):
         model.register_load_state_dict_pre_hook(_cut_state)
 
 def _cut_state(model: nn.Module, state: dict, *_: Any) -> None:
-    for n, p in model.named_parameters(remove_duplicate=False): state[n] = _part(state[n], p)
+    for n, p in model.named_parameters(remove_duplicate=False):
+        if n in state: state[n] = _part(state[n], p)
 
 def _rows(batch: tuple, rank: int, ranks: int) -> tuple:
-    "The share of a rank of a batch (xb, yb) or (xb, yb, arguments of the model)."
+    "The share of a rank of a batch (xb, yb) or (xb, yb, arguments of the model). Of the arguments, `positions` (B, T) and tensors of three dimensions or more that begin with B are cut; others go to all ranks."
     xb, yb, *more = batch
     own = slice(rank * len(xb) // ranks, (rank + 1) * len(xb) // ranks)
-    per_row = lambda k, v: torch.is_tensor(v) and len(v) == len(xb) and (v.dim() > 2 or k == 'positions' and v.dim() == 2)
+    per_row = lambda k, v: torch.is_tensor(v) and (v.dim() > 2 or k == 'positions' and v.dim() == 2) and len(v) == len(xb)
     return xb[own], yb[own], *({k: v[own] if per_row(k, v) else v for k, v in m.items()} for m in more)
 
 # %% ../nbs/11b_parallel.ipynb #9a0429b3
@@ -541,7 +553,7 @@ def _gradients(self: ParallelTrainer, micro_batches: list[tuple]) -> Tensor:
 @patch
 @contextmanager
 def _own_rng(self: ParallelTrainer) -> Iterator[None]:
-    seed = (self.config.seed * 1_000_003 + self.step) * 65_537 + (0 if self.strategy == 'tp' else self.rank)
+    seed = ((self.config.seed * 1_000_003 + self.step) * 65_537 + (0 if self.strategy == 'tp' else self.rank)) % 2**63
     self.rng = [torch.Generator(d).manual_seed(seed).get_state() for d in self._rng_devices()]
     with Trainer._own_rng(self): yield
 
@@ -594,6 +606,7 @@ def join(
     minutes: float = 10.  # after which a collective that not all ranks call is given up
 ) -> torch.device: # where this rank should work
     "Join the process group that torchrun describes in the environment; alone if there is no such description."
+    if device not in ('auto', 'cuda', 'cpu'): raise ValueError(f'device={device!r} is unknown: choose auto, cuda or cpu')
     local, gpus = int(os.environ.get('LOCAL_RANK', 0)), torch.cuda.device_count() if device != 'cpu' else 0
     if device == 'cuda' and not gpus: raise ValueError("device='cuda', but PyTorch sees no GPU: use 'cpu' or 'auto'")
     if gpus and local >= gpus: raise ValueError(f'local rank {local} has no GPU, there are {gpus}: start at most {gpus} ranks on this machine')
@@ -613,7 +626,7 @@ def _arguments() -> argparse.ArgumentParser:
     p.add_argument('--data', default='tiny', help='a name such as tiny or shakespeare, a text file, or a folder of them')
     p.add_argument('--strategy', choices=STRATEGIES, default='ddp')
     p.add_argument('--folder', default='runs/parallel', help='for log and checkpoints')
-    p.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the folder; also done when torchrun has restarted the ranks')
+    p.add_argument('--resume', action='store_true', help='go on from the last checkpoint of the folder, or begin if it has none; also done when torchrun has restarted the ranks')
     p.add_argument('--ranks', type=int, help='refuse to run with another number')
     p.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     p.add_argument('--lr', type=float, default=3e-3)
@@ -640,7 +653,7 @@ def main(
     argv: list[str]|None = None,                                # arguments; default those of the command
     on_step: Callable[[ParallelTrainer, dict], None]|None = None # called after each step
 ) -> list[dict]: # the log of the run
-    "The command `torchrun --nproc-per-node 2 -m llm_course.parallel`; `--help` lists its options."
+    "The command `torchrun --nproc-per-node 2 -m llm_course.parallel`; `--help` lists its options. All ranks must see the same file system: rank 0 writes, the others read."
     a = _arguments().parse_args(argv)
     device = join(a.device)
     rank, ranks = dist.get_rank(), dist.get_world_size()
@@ -658,6 +671,9 @@ if __name__ == '__main__' and getattr(globals().get('__spec__'), 'name', '') == 
 # %% ../nbs/11b_parallel.ipynb #5d725f16
 def _tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     "All tensors of model and optimizer by name, as this rank has them: writing into them changes both."
+    if split := [n for n, p in model.named_parameters() if hasattr(p, 'shard_dim')]:
+        raise ValueError(f'{split[0]} was split by tensor_parallel, and the files would hold the part of one rank: save whole_model(model) instead')
+    if isinstance(optimizer, ZeroOptimizer): raise ValueError('a ZeroOptimizer has vectors, not the parameters of the model: save its state_dict() instead, which is whole')
     found = get_state_dict(model, optimizer, options=StateDictOptions(flatten_optimizer_state_dict=True))
     named = {f'{kind}.{k}': v for kind, part in zip(('model', 'optimizer'), found) for k, v in part.items() if torch.is_tensor(v)}
     if model.config.tie_embeddings: named.pop('model.head.weight', None)
@@ -686,7 +702,7 @@ def load_sharded(
     model: GPT,                       # plain, or after `shard_model`; changed in place
     optimizer: torch.optim.Optimizer
 ) -> None:
-    "Each rank reads what it needs. All ranks must call it. Raises `FileNotFoundError` if there is nothing."
+    "Each rank reads what it needs. All ranks must call it. Tensors only: learning rate and decay stay those of `optimizer`. Raises `FileNotFoundError` if there is nothing."
     if not any(Path(folder).glob('*.safetensors')): raise FileNotFoundError(f'{folder} holds no sharded checkpoint: write one with save_sharded')
     with warnings.catch_warnings():
         warnings.filterwarnings('ignore', message='torch.distributed is disabled')   # one process alone may read, too

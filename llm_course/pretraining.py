@@ -281,14 +281,14 @@ def _save_state(state: dict, path: Path) -> None:
         raise TypeError('state could not be read again: it may hold tensors, numbers, strings, lists and dictionaries only; '
                         'turn NumPy numbers into float or int') from e
 
-# %% ../nbs/10_pretraining.ipynb #d9fe8623
+# %% ../nbs/10_pretraining.ipynb #c5b548bf
 def save_checkpoint(
     folder: str|Path,          # its name; must not exist yet
     model: GPT,
     tokenizer: Tokenizer|None = None,
     state: dict|None = None    # tensors, numbers, strings, and lists and dictionaries of them
 ) -> Path:
-    "Write a checkpoint folder that appears complete or not at all. Raises `FileExistsError` rather than overwrite."
+    "Write a checkpoint folder that appears complete or not at all. Raises `FileExistsError` rather than overwrite, `OSError` if it cannot be written."
     folder = Path(folder)
     if folder.exists(): raise FileExistsError(f'{folder} exists already: choose another name, or delete it first')
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -307,6 +307,8 @@ def save_checkpoint(
             if folder.exists(): raise FileExistsError(f'{folder} was written by somebody else meanwhile: train one run in one folder') from e
             raise
         _sync(folder.parent)
+    except (RuntimeError, SafetensorError) as e:                          # how PyTorch and safetensors say that the disk is full
+        raise OSError(f'{folder} could not be written ({e}): is the disk full? The checkpoints before it are as they were') from e
     finally: shutil.rmtree(tmp, ignore_errors=True)
     return folder
 

@@ -49,12 +49,27 @@ STOPPED = {
     'exec': 'import os, sys\nos.execv(sys.executable, [sys.executable, "-c", "1"])', 'kills all': 'import os\nos.kill(-1, 9)',
     'ctypes': 'import ctypes\nctypes.string_at(0)', 'syntax': 'def', 'null': 'x = "\0"\nassert False', 'surrogate': 'print("\\ud800")'}
 
+BLINDS = {                                                                     # each got past an earlier form of the hook
+    'replaces type': 'import builtins\nreal, builtins.type = type, lambda x: int\ntry: open("/usr/lib/os-release")\nfinally: builtins.type = real\nassert False',
+    'through a traceback': 'try: open("/usr/lib/os-release")\nexcept PermissionError as e: t = e.__traceback__\nwhile t.tb_next: t = t.tb_next\nt.tb_frame.f_locals.update(quiet=("open",), stdlib="/", kind=lambda x: int)\nopen("/usr/lib/os-release")\nassert False',
+    'another kind of str': 'class S(str):\n    def partition(self, x): return "a", "", ""\n    def split(self, x): return ["a"]\n    __hash__ = str.__hash__\n__import__(S("_posixsubprocess"))\nassert False',
+    'the module below': 'import _signal\nassert False', 'shared memory': 'import _posixshmem\nassert False'}
+STOPPED |= BLINDS
+HARMFUL = ('deletes', 'removes', 'renames', 'kills all')                       # if nothing stopped them, they would hit this machine
 
-def processes_of_the_sandbox() -> set[int]:
-    return {p.pid for p in psutil.process_iter(['cmdline']) if any('_execute' in a for a in p.info['cmdline'] or [])}
+
+def processes_of_the_sandbox(mark: str) -> set[int]: return {p.pid for p in psutil.process_iter(['cmdline']) if any(mark in a for a in p.info['cmdline'] or [])}
+
+@pytest.fixture
+def mark(monkeypatch) -> str:
+    "A text that stands in the command line of every process of the sandbox that this test starts, and of no other."
+    text = f'mark-{os.getpid()}-{time.monotonic_ns()}'
+    monkeypatch.setattr(B, '_source', lambda *functions, call, real=B._source: real(*functions, call=f'{call}  # {text}'))
+    return text
 
 def both_layers(programs: dict[str, str], **options) -> dict:
-    "Results by (name, hook). Without the hook only where the kernel grants namespaces."
+    "Results by (name, hook). Without the hook only where the kernel grants namespaces; what could do harm only there, too."
+    if not sandbox_layers()['namespaces']: programs = {name: code for name, code in programs.items() if os.geteuid() == 0 or name not in HARMFUL}
     cases = [(name, guard) for guard in (True, False) if guard or sandbox_layers()['namespaces'] for name in programs]
     found = {}
     for guard in (True, False):
@@ -64,17 +79,36 @@ def both_layers(programs: dict[str, str], **options) -> dict:
 
 
 @needs_linux
-def test_what_never_ends_is_ended_and_leaves_nothing_behind():
-    before = processes_of_the_sandbox()
+def test_what_never_ends_is_ended_and_leaves_nothing_behind(mark):
     found = both_layers(ENDLESS, timeout=1.)
     for case, r in found.items():
         assert not r.passed and r.status in ('timeout', 'failed', 'killed'), (case, r)
-        assert r.seconds < 6, case
+        assert r.seconds < 30, case                                               # they wanted 99
     assert all(found[name, g].status == 'timeout' for name, g in found if name in ('loop', 'catches', 'sleeps'))
-    for _ in range(40):
-        if not processes_of_the_sandbox() - before: break
+    for _ in range(200):
+        if not processes_of_the_sandbox(mark): break
         time.sleep(.05)
-    assert not processes_of_the_sandbox() - before
+    assert not processes_of_the_sandbox(mark)
+
+@needs_linux
+def test_a_killed_parent_takes_the_sandbox_with_it():
+    mark = f'mark-{os.getpid()}-{time.monotonic_ns()}'
+    parent = subprocess.Popen([sys.executable, '-c', f"""
+import llm_course.benchmarks as B
+real = B._source
+B._source = lambda *functions, call: real(*functions, call=call + '  # {mark}')
+B.run_python('import time; time.sleep(99)', timeout=99.)"""])
+    try:
+        wanted = 3 if sandbox_layers()['namespaces'] else 2
+        for _ in range(1200):
+            if len(processes_of_the_sandbox(mark) - {parent.pid}) >= wanted: break
+            time.sleep(.05)
+        else: pytest.fail('the sandbox did not start')
+    finally: parent.kill(); parent.wait()
+    for _ in range(400):
+        if not processes_of_the_sandbox(mark): break
+        time.sleep(.05)
+    assert not processes_of_the_sandbox(mark)
 
 @needs_linux
 def test_no_attack_reaches_its_goal():
@@ -83,6 +117,7 @@ def test_no_attack_reaches_its_goal():
         assert not r.passed, (case, r)
         assert r.status in ('failed', 'exited', 'killed', 'output'), (case, r)
         assert len(r.stdout) <= 1 << 16 and len(r.stderr) <= 1 << 16
+        if case[0] in BLINDS and case[1]: assert 'is not allowed in the sandbox' in r.stderr, (case, r)
     assert os.path.exists(os.__file__) and (keep is None or open('/etc/passwd').read() == keep)
 
 @needs_linux
@@ -102,7 +137,7 @@ def test_the_world_of_a_program():
     seen = run_python('import os, socket\nprint(os.getpid(), os.getuid() == 0, os.getcwd(), os.listdir("/work"), [n for _, n in socket.if_nameindex()], sorted(os.listdir("/")))', guard=False, timeout=15.)
     pid, root, rest = seen.stdout.split(' ', 2)
     assert seen.passed and pid == '2' and root == 'False'
-    assert rest.startswith("/work [] ['lo']") and "'etc'" not in rest and "'proc'" not in rest and "'tmp'" not in rest
+    assert rest.startswith("/work [] ['lo'") and "'etc'" not in rest and "'proc'" not in rest and "'tmp'" not in rest
     secret = str(os.getpid())
     assert not run_python(f'import os\nos.kill({secret}, 0)', guard=False, timeout=15.).passed
 
@@ -113,18 +148,23 @@ def test_the_hook_alone(monkeypatch):
     stdlib = subprocess.run(['/usr/bin/python3', '-IS', '-c', 'import sysconfig; print(sysconfig.get_path("stdlib"))'], capture_output=True, text=True).stdout.strip()
     monkeypatch.setattr(B, '_interpreter', lambda: (os.path.realpath('/usr/bin/python3'), stdlib))
     assert run_python('import math, collections, typing, dataclasses', namespaces=False, timeout=15.).passed
-    for name, r in zip(STOPPED, run_many(list(STOPPED.values()), workers=6, namespaces=False, timeout=15.)): assert not r.passed, (name, r)
-    for name, r in zip(ENDLESS, run_many(list(ENDLESS.values()), workers=6, namespaces=False, timeout=1.)): assert not r.passed and r.seconds < 6, (name, r)
+    tried = {name: code for name, code in STOPPED.items() if os.geteuid() == 0 or name not in HARMFUL}        # root becomes nobody, who can do no harm
+    for name, r in zip(tried, run_many(list(tried.values()), workers=6, namespaces=False, timeout=30.)):
+        assert not r.passed, (name, r)
+        if name in BLINDS: assert 'is not allowed in the sandbox' in r.stderr, (name, r)
+    for name, r in zip(ENDLESS, run_many(list(ENDLESS.values()), workers=6, namespaces=False, timeout=1.)): assert not r.passed and r.seconds < 30, (name, r)
 
 @needs_linux
 def test_a_sandbox_that_cannot_be_built_is_an_error_and_not_a_verdict(monkeypatch):
-    monkeypatch.setattr(B, '_interpreter', lambda: ('/nowhere/python', '/nowhere/lib'))
-    monkeypatch.setattr(B, '_start', lambda *a, start=B._start: start(*a))
-    with pytest.raises((SandboxError, FileNotFoundError)): run_python('1', namespaces=False)
+    monkeypatch.setattr(B, '_needed', lambda python, stdlib: ['/nowhere'])
+    with pytest.raises(SandboxError, match='could not be set up'): run_python('1', namespaces=True)
 
 @needs_linux
-def test_without_namespaces_it_says_so(monkeypatch, caplog):
-    def refuse(*args, **kwargs): raise SandboxError('unshare: not permitted')
+@pytest.mark.parametrize('raises', (True, False))
+def test_without_namespaces_it_says_so(monkeypatch, caplog, raises):
+    def refuse(*args, **kwargs):
+        if raises: raise SandboxError('unshare: not permitted')
+        return B.RunResult(False, 'timeout', '', '', 20.)
     monkeypatch.setattr(B, 'run_python', refuse)
     sandbox_layers.cache_clear()
     try:
@@ -149,7 +189,7 @@ def test_pass_at_k_is_the_mean_over_subsets(data):
 @given(st.integers(1, 3000), st.data())
 def test_pass_at_k_agrees_with_exact_binomials(n, data):
     c, k = data.draw(st.integers(0, n)), data.draw(st.integers(1, n))
-    exact = 1 - math.comb(n - c, k) / math.comb(n, k) if math.comb(n - c, k) < 10**300 * math.comb(n, k) else 0
+    exact = 1 - math.comb(n - c, k) / math.comb(n, k)
     assert 0 <= pass_at_k(n, c, k) <= 1 and math.isclose(pass_at_k(n, c, k), exact, abs_tol=1e-9)
 
 @settings(max_examples=200, deadline=None)

@@ -20,13 +20,15 @@ def curve(log) -> list[dict]: return [{k: v for k, v in r.items() if k != 'secon
 
 @pytest.fixture(scope='module')
 def two():
-    with Ranks(2, timeout=30) as pool: yield pool
+    with Ranks(2, timeout=120) as pool: yield pool
 
 def command(rank, ranks, argv): return main(argv)
 
 def dies(rank, ranks, argv, at, who):
     def on_step(trainer, record):
-        if rank in who and record['step'] == at: os.kill(os.getpid(), 9)
+        if record['step'] != at: return
+        dist.barrier()                                                         # rank 0 has written the record before anybody dies
+        if rank in who: os.kill(os.getpid(), 9)
     return main(argv, on_step)
 
 
@@ -78,10 +80,19 @@ def ring(rank, ranks):
     return worst, sent
 
 def test_a_ring_of_three_and_uneven_numbers():
-    with Ranks(3, timeout=30) as three: results = three(ring)
+    with Ranks(3, timeout=120) as three: results = three(ring)
     for worst, sent in results:
         assert worst < 1e-12
         assert sent == [8 * 4 * -(-n // 3) for n in (1, 2, 3, 10, 1001)]       # 2 (R - 1) parts of n / R numbers, rounded up
+
+
+def test_a_rank_that_died_before_the_call(tmp_path):
+    pool, folder = Ranks(1), tmp_path/'pool'
+    folder.mkdir(); (folder/'0.log').write_text('out of memory')
+    pool.folder, pool.processes = folder, [subprocess.Popen([sys.executable, '-c', ''], stdin=subprocess.PIPE, text=True)]
+    pool.processes[0].wait()
+    with pytest.raises(RankError, match='rank 0 of 1 ended with code 0: out of memory'): pool('def main(rank, ranks): return 1')
+    assert pool.processes == [] and not folder.exists()
 
 
 def test_kill_both_ranks_and_resume_bit_for_bit(two, tmp_path):
@@ -99,15 +110,15 @@ def test_torchrun_restarts_a_rank_that_was_killed(two, tmp_path):
                       '    mark = trainer.folder/"died"\n'
                       '    if trainer.rank == 1 and record["step"] == 6 and not mark.exists(): mark.touch(); os.kill(os.getpid(), 9)\n'
                       'main(on_step=die_once)\n')
-    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', '--max-restarts', '1', script, *COMMON, '--folder', 'run'],
-                         cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--local-addr', '127.0.0.1', '--nproc-per-node', '2', '--max-restarts', '1', script, *COMMON, '--folder', 'run'],
+                         cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0 and (tmp_path/'run/died').exists(), run.stderr[-3000:]
     log = read_log(tmp_path/'run/log.jsonl')
     assert [r['step'] for r in log] == list(range(21))
     assert curve(log) == curve(two(command, argv=[*COMMON, '--folder', str(tmp_path/'calm')])[0])
 
 def test_refusals_as_a_command(tmp_path):
-    run = subprocess.run([sys.executable, '-m', 'llm_course.parallel', *COMMON, '--ranks', '2'], cwd=tmp_path, env=ENV, capture_output=True, text=True)
+    run = subprocess.run([sys.executable, '-m', 'llm_course.parallel', *COMMON, '--ranks', '2'], cwd=tmp_path, env=ENV, capture_output=True, text=True, timeout=300)
     assert run.returncode != 0 and 'there are 1 ranks, and --ranks says 2: start with torchrun --nproc-per-node 2' in run.stderr
 
 

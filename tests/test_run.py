@@ -144,3 +144,20 @@ def test_bad_input_is_one_clear_line(tmp_path, monkeypatch, capsys, args, words)
     said = [line for line in err.splitlines() if words in line]
     assert len(said) == 1 and said[0].startswith(('llm-course: ', 'error: ')), err
     assert not list_checkpoints(tmp_path/'runs'/'tiny')
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='no limits on file sizes')
+def test_a_full_disk_costs_only_the_steps_since_the_last_checkpoint(tmp_path):
+    import resource
+    args = ['pretrain', '--config', 'quick', '--train.max_steps', '30', '--train.checkpoint_every', '5']
+    assert llm_course(*args, '--name', 'whole', cwd=tmp_path).returncode == 0
+    log, run = tmp_path/'runs'/'full'/'log.jsonl', tmp_path/'runs'/'full'
+    start_and_stop([*args, '--name', 'full'], tmp_path, log, 12, signal.SIGKILL)
+    before = list_checkpoints(run)
+    assert before
+    def full() -> None: resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, 60_000))        # logs still fit, weights do not
+    stopped = subprocess.run([*COMMAND, *args, '--name', 'full'], cwd=tmp_path, env=environment(), capture_output=True, text=True, preexec_fn=full)
+    assert stopped.returncode == 1 and 'Traceback' not in stopped.stderr and ('could not be written' in stopped.stderr or 'File too large' in stopped.stderr), stopped.stderr
+    assert list_checkpoints(run) == before and not list((run/'checkpoints').glob('.step-*'))
+    verify_checkpoint(before[-1])
+    assert llm_course(*args, '--name', 'full', cwd=tmp_path).returncode == 0                # there is space again
+    assert curve(run) == curve(tmp_path/'runs'/'whole')
