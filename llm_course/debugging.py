@@ -193,7 +193,7 @@ def t_quantile(
     area = np.concatenate([[0.], np.cumsum(density[1:] + density[:-1])])     # of trapezoids, up to a factor
     return math.sqrt(dof) * math.tan(np.interp((2 * p - 1) * area[-1], area, theta))
 
-# %% ../nbs/10c_debugging.ipynb #00255b74
+# %% ../nbs/10c_debugging.ipynb #d12f7fe2
 @dataclass(frozen=True)
 class Band:
     "Where healthy runs of a recipe are. `loss` and `val_loss` are lists of (step, low, high); made by `make_band`."
@@ -217,7 +217,7 @@ def _interval(values: Tensor, miss: float) -> list[tuple[float, float]]:
     var = torch.nn.functional.pad(values.var(0)[None, None], (1, 1), mode='replicate') if m > 1 else values.var(0)[None, None]
     spread = torch.nn.functional.avg_pool1d(var, 3, 1)[0, 0].sqrt() if m > 1 else var[0, 0].sqrt()
     spread = torch.maximum(spread, .005 * values.mean(0).abs())
-    half = t_quantile(1 - miss / 2, 2 * (n - 1)) * math.sqrt(1 + 1 / n) * spread
+    half = t_quantile(1 - miss / 2, n - 1) * math.sqrt(1 + 1 / n) * spread
     low, high = torch.minimum(values.mean(0) - half, values.amin(0)), torch.maximum(values.mean(0) + half, values.amax(0))
     return [(math.floor(a * 1e4) / 1e4, math.ceil(b * 1e4) / 1e4) for a, b in zip(low.tolist(), high.tolist())]   # rounded outwards
 

@@ -55,6 +55,13 @@ def test_intervals_widen_with_noise():
         widths.append(hi - lo)
     assert widths[1] > 3 * widths[0]
 
+def test_the_bootstrap_is_as_wide_as_real_repetitions_vary():
+    law = ScalingLaw(.4, 60., .5, 300., .5)
+    noisy = [.4 + (law.loss(N, D) - .4) * np.exp(.01 * np.random.default_rng(i).normal(size=len(N))) for i in range(24)]
+    real = np.std([fit_law(N, D, L, E=.4, delta=1., steps=60).alpha for L in noisy])
+    guessed = np.mean([np.std([x.alpha for x in bootstrap_laws(N, D, L, E=.4, delta=1., n=60)]) for L in noisy[:4]])
+    assert .65 < guessed / real < 1.6
+
 def test_entropy_of_a_village_is_that_of_its_people():
     data = StoryTokens(village(people=3, tail=.5, seed=1))
     odds = np.array([5**-1.5, 6**-1.5, 7**-1.5]); odds /= odds.sum()
@@ -69,7 +76,7 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path):
     again = run_sweep(runs, data, log, progress=False)
     assert len(read_sweep(log)) == 3 and again[0] == whole[0]
     assert [r['excess'] for r in again] == pytest.approx([r['excess'] for r in whole], rel=1e-4)
-    assert whole[1]['excess'] != whole[2]['excess']                             # seeds differ in weights and text
+    assert whole[1]['excess'] != whole[2]['excess'] and {1, 2, 3} <= data._kept.keys()      # seeds differ in weights and in text
 
 def test_no_run_without_its_own_prediction(tmp_path):
     data, rows = StoryTokens(village(people=50)), [dict(d_model=8, n_layer=1, tokens=1000, lr=.01, seed=0, batch_size=32, schedule='cosine', D=1000, excess=.5)]
