@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'COMMANDS', 'WITH_CHECKPOINT', 'corpus_key', 'StaleError', 'step', 'RunConfig', 'config_path', 'default_config',
-           'load_config', 'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'run', 'generate_command', 'main']
+           'load_config', 'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'normal', 'run', 'generate_command',
+           'main']
 
-# %% ../nbs/26_pipeline.ipynb #52a97d8a
+# %% ../nbs/26_pipeline.ipynb #a824de6b
 import dataclasses, functools, hashlib, inspect, json, logging, os, shlex, shutil, sys, time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from fastcore.docments import docments
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
 from .benchmarks import SandboxError, eval_command, evaluation_report
 from .corpus import prepare_corpus   # with it come its sources
+from .debugging import Diagnosis, check_folder
 from .core import Budget, DeviceError, Document, atomic_write, generator, pick_device, read_documents, tier
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text
@@ -286,7 +288,19 @@ def samples(
     draw = lambda m: generate_text(m, tokenizer, config.prompt, config.sample_tokens, config=SamplingConfig(.8, top_p=.95), generator=generator(0))
     return {s: config.prompt + draw(m) for s, m in models.items()}
 
-# %% ../nbs/26_pipeline.ipynb #5b3ff7e5
+# %% ../nbs/26_pipeline.ipynb #7588a632
+def normal(
+    config: RunConfig # of a run that has been trained
+) -> Diagnosis|None: # printing it says whether the loss is normal; None for a recipe without a band
+    "Whether the curve of a run lies in the band of its recipe (chapter 10c). Only shipped configurations have one, and only their seed may be changed."
+    recipe = lambda c: (c.data, c.val_fraction, c.vocab_size, c.preset, c.model, dataclasses.replace(c.train, seed=0, checkpoint_every=1, keep_checkpoints=1, milestones=(), keep_best=False))
+    for path in sorted(Path(str(files('llm_course')/'configs')).glob('*.yaml')):
+        try:
+            if recipe(load_config(str(path))) == recipe(config): return check_folder(config.folder, path.stem)
+        except (ImportError, KeyError): continue                             # no jsonargparse, or no band
+    return None
+
+# %% ../nbs/26_pipeline.ipynb #f0cebe29
 def _draw(config: RunConfig, found: dict[str, Evaluation]) -> Path|None:
     "The loss curve as a picture, in nats per byte, if matplotlib is installed."
     try: import matplotlib
@@ -303,18 +317,19 @@ def _command(name: str) -> str:
     here = Path(sys.executable).parent/name
     return name if shutil.which(name) or not here.exists() else os.path.relpath(here)
 
-def _report(config: RunConfig, found: dict[str, Evaluation], texts: dict[int, str], places: dict[str, Any]) -> str:
+def _report(config: RunConfig, found: dict[str, Evaluation], texts: dict[int, str], diagnosis: Diagnosis|None, places: dict[str, Any]) -> str:
     "What a run says at its end."
     titles = {s: 'before training' if s == 0 else 'after training' if s == max(texts) else f'at step {s}' for s in texts}
     lines = [f'\n--- {titles[s]} ---\n{text}' for s, text in texts.items()]
     lines += ['\nLoss on the held-out text, nats per byte (lower is better):', *(f'  {name:8} {e.nats_per_byte:.3f}' for name, e in found.items())]
+    if diagnosis: lines += [f'\nIs that normal? Against other seeds of this recipe: {diagnosis}']
     places = places | {'log': config.folder/'log.jsonl', 'report': config.folder/'report.json'}
     lines += ['\nWhere everything is:', *(f'  {k:10} {v}' for k, v in places.items()), '\nWhat next:']
     generate = f'{_command("llm-course")} generate --checkpoint {shlex.quote(str(config.folder))} --prompt {shlex.quote(config.prompt)}'
     lines += [f'  {generate}', f'  {_command("tensorboard")} --logdir {shlex.quote(config.out)}', '  make lab    (the course; chapter 10 explains what you have just seen)']
     return '\n'.join(lines)
 
-# %% ../nbs/26_pipeline.ipynb #d0bb7e29
+# %% ../nbs/26_pipeline.ipynb #9dd29f22
 def run(
     config: RunConfig,
     say: Callable[[str], None] = log.info, # where messages go
@@ -323,10 +338,10 @@ def run(
     "From a text to a model that writes. What is there already is reused; an interrupted run goes on."
     trainer = pretrain(config, say, progress)
     found, texts = verdict(trainer, open_tokens(config.folder/'train.bin')), samples(config, trainer.tokenizer)
-    picture, last = _draw(config, found), list_checkpoints(config.folder)[-1]
-    report = {'evaluation': {k: dataclasses.asdict(e) for k, e in found.items()}, 'samples': texts, 'config': dataclasses.asdict(config)}
+    picture, last, diagnosis = _draw(config, found), list_checkpoints(config.folder)[-1], normal(config)
+    report = {'evaluation': {k: dataclasses.asdict(e) for k, e in found.items()}, 'normal': diagnosis and str(diagnosis), 'samples': texts, 'config': dataclasses.asdict(config)}
     with atomic_write(config.folder/'report.json', 'w') as f: json.dump(report, f, indent=1, ensure_ascii=False)
-    say(_report(config, found, texts, {'checkpoint': last, 'loss curve': picture or "not drawn: pip install 'llm_course[train]'"}))
+    say(_report(config, found, texts, diagnosis, {'checkpoint': last, 'loss curve': picture or "not drawn: pip install 'llm_course[train]'"}))
     return {'checkpoint': last, 'evaluation': found, 'samples': texts, 'picture': picture}
 
 # %% ../nbs/26_pipeline.ipynb #67e6a112
