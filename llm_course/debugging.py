@@ -110,7 +110,7 @@ def watch(
     every: int = 1,                    # record each so many steps, from the first on; memory for one copy of the weights then
     modules: Sequence[str]|None = None # whose outputs to record; default: the parts of a GPT, or all leaves of another model
 ) -> Watch: # with `.records`: step, and by name the RMS of 'activation' and 'gradient' and the 'update' relative to the weight
-    "Record a run while any torch optimizer trains the model: `with watch(model) as w: ...`. Raises `ValueError`."
+    "Record a run while one torch optimizer, of whatever kind, trains the model: `with watch(model) as w: ...`. With two, each step of either counts. Raises `ValueError`."
     return Watch(model, every, modules)
 
 # %% ../nbs/10c_debugging.ipynb #177a0146
@@ -196,7 +196,7 @@ def t_quantile(
 # %% ../nbs/10c_debugging.ipynb #d12f7fe2
 @dataclass(frozen=True)
 class Band:
-    "Where healthy runs of a recipe are. `loss` and `val_loss` are lists of (step, low, high); made by `make_band`."
+    "Where healthy runs of a recipe are. `loss` and `val_loss` are tuples of (step, low, high); made by `make_band`."
     name: str               # of the recipe
     seeds: int              # how many runs it was made from
     loss: tuple             # training loss, mean since the mark before
@@ -232,14 +232,17 @@ def make_band(
     "A band from runs that you trust. Raises `ValueError` for fewer than 5 logs, or logs that do not fit together."
     if len(logs) < 5: raise ValueError(f'{len(logs)} logs: a band needs at least 5 seeds')
     if not 0 < miss < 1: raise ValueError(f'miss={miss}: a probability between 0 and 1')
+    if not all(logs): raise ValueError('a log has no records: give what read_log returns')
     ends = {log[-1]['step'] for log in logs}
     if len(ends) > 1: raise ValueError(f'the logs end at steps {sorted(ends)}: a band needs runs of one length')
     steps = band_steps(max_steps or min(ends))
+    if min(ends) < steps[0]: raise ValueError(f'the logs end at step {min(ends)}, before the first mark, step {steps[0]}: give longer runs, or a smaller max_steps={max_steps}')
     means = [window_means(log, steps) for log in logs]
     if any(x is None or not math.isfinite(x) for row in means for x in row): raise ValueError('a log has a gap between two marks, or a loss that is not a number: give whole, healthy runs')
     steps, train = steps[:len(means[0])], torch.tensor(means, dtype=torch.float64)
     checks = [[(r['step'], r['val_loss']) for r in log if 'val_loss' in r] for log in logs]
     if len({tuple(s for s, _ in c) for c in checks}) > 1: raise ValueError('the logs were validated at different steps: use runs of one recipe')
+    if not all(math.isfinite(v) for c in checks for _, v in c): raise ValueError('a validation loss is not a number: give whole, healthy runs')
     at = [s for s, _ in checks[0]]
     each = miss / (len(steps) + len(at))
     val = _interval(torch.tensor([[v for _, v in c] for c in checks], dtype=torch.float64), each) if at else []
@@ -283,7 +286,7 @@ def silent_parameters(
     "Parameters that do not require a gradient, or get none that differs from zero on this batch. `.grad` stays as it is."
     xb, yb, *more = batch
     params = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    loss = model(xb, yb, **(more[0] if more else {}))[1]
+    with torch.random.fork_rng(): loss = model(xb, yb, **(more[0] if more else {}))[1]          # dropout must not disturb the run
     grads = torch.autograd.grad(loss, list(params.values()), allow_unused=True) if loss.requires_grad else [None] * len(params)
     heard = {n for n, g in zip(params, grads) if g is not None and g.any()}
     return [n for n, _ in model.named_parameters() if n not in heard]
@@ -292,14 +295,15 @@ def unmoved_parameters(
     model: nn.Module,  # after some steps
     start: nn.Module   # the same model before the first step
 ) -> list[str]: # names
-    "Parameters that still have the direction they started with, whatever weight decay did to their length. Raises `ValueError` for other shapes."
-    old, names = dict(start.named_parameters()), []
+    "Parameters that still have the direction they started with, whatever weight decay did to their length; none while all others have hardly moved either. Raises `ValueError` for other shapes."
+    old, turns = dict(start.named_parameters()), {}
     for n, p in model.named_parameters():
         if n not in old or old[n].shape != p.shape: raise ValueError(f'start has no {n} of shape {tuple(p.shape)}: give the same model before its first step')
         a, b = p.detach().flatten().double(), old[n].detach().flatten().double().to(p.device)
-        length = a.norm() * b.norm()
-        if (a @ b / length > 1 - 1e-9 if length > 0 else a.norm() == b.norm()): names.append(n)
-    return names
+        length = (a.norm() * b.norm()).item()
+        turns[n] = 0. if torch.equal(a, b) else math.inf if length == 0 or a.numel() == 1 else abs(1 - (a @ b).item() / length)
+    if max((t for t in turns.values() if t < math.inf), default=0.) < 1e-5: return []          # early in a warmup nothing has moved enough to tell
+    return [n for n, t in turns.items() if t <= 1e-9]
 
 # %% ../nbs/10c_debugging.ipynb #23df6d20
 CAUSES: dict[str, str] = {
@@ -357,6 +361,7 @@ def _from_curve(records: list[dict], band: Band, outside: list[tuple[int, float,
     means = {s: x for s, x in zip(band.steps, window_means(records, band.steps)) if x is not None}
     if not at or not means: return 'unknown', 'no validation loss to compare with'
     near = min(means, key=lambda s: abs(s - at[-1]))
+    if not math.isfinite(means[near] + val[at[-1]]): return 'unknown', 'the loss is no longer a number: look at the gradient norms before, and at rate, warmup and clipping'
     t, v = means[near] - _middle(band.loss, near), val[at[-1]] - _middle(band.val_loss, at[-1])     # distances from the healthy middle
     low = any(d < 0 for _, d, which in outside if which == 'training')
     if low and v > 0: return 'targets = inputs', f'training {t:+.2f}, validation {v:+.2f}: it learned an easier task'
@@ -368,7 +373,7 @@ def _from_curve(records: list[dict], band: Band, outside: list[tuple[int, float,
 
 # %% ../nbs/10c_debugging.ipynb #8d73d7ba
 def _peek(batches: Any) -> tuple:
-    "The next batch of an iterator, which is put back; a batch is returned as it is."
+    "The next batch of an iterator, which is put back if the iterator has a `state_dict`; a tuple is a batch and returned as it is."
     if isinstance(batches, tuple): return batches
     state = batches.state_dict() if hasattr(batches, 'state_dict') else None
     batch = next(iter(batches))
@@ -392,7 +397,7 @@ def check_run(
     records: list[dict],         # the log so far, from `read_log` or `Trainer.fit`
     band: Band,                  # of this recipe
     model: GPT|None = None,      # as it is after those steps
-    batches: Any = None,         # where it gets its batches (looked at, not consumed), or one batch
+    batches: Any = None,         # where it gets its batches (with a state_dict, as `Batches` has: looked at, not consumed; others lose one), or one batch as a tuple
     start: GPT|None = None       # the model before its first step
 ) -> Diagnosis:
     "Is this loss normal, and if not, why? Curves against the band, then probes of batch and model. Raises `ValueError` for a log without steps."

@@ -44,6 +44,7 @@ def village(
     rng, first_middle_last = random.Random(seed), [words.split() for words in _NAMES]
     names = [' '.join(name) for name in itertools.product(*first_middle_last)]
     if not 1 <= people <= len(names): raise ValueError(f'people={people}: there are names for 1 to {len(names)}')
+    if round(1e9 / (people + 4)**(1 + tail)) < 1: raise ValueError(f'tail={tail}: the rarest of {people} people would have no weight left: choose a smaller tail or fewer people')
     rng.shuffle(names)
     facts = [[rng.choice(words.split()) for words in _FACTS] for _ in names]
     rows = [f'{round(1e9 / (k + 5)**(1 + tail))} {names[k]} | {" | ".join(facts[k])}' for k in range(people)]
@@ -71,8 +72,9 @@ class StoryTokens:
         self.entropy = self.grammar.entropy() / self.per_story               # nats a token
 
     def encode(self, text: str) -> np.ndarray:
-        "The tokens of a story between two end markers, int16."
-        return np.array([0, *(self.ids[w] for w in split_words(f' {text}')), 0], dtype=np.int16)
+        "The tokens of a story between two end markers, int16. Raises `ValueError` for a word that the grammar does not have."
+        try: return np.array([0, *(self.ids[w] for w in split_words(f' {text}')), 0], dtype=np.int16)
+        except KeyError as e: raise ValueError(f'{e.args[0]!r} is none of the {len(self.words)} words of the grammar') from None
 
     def stream(self, seed: int, n: int) -> list[np.ndarray]:
         "The first n stories of a stream."
@@ -118,7 +120,7 @@ def excess_loss(model: torch.nn.Module, data: StoryTokens, n: int = 6000) -> flo
 @dataclass(frozen=True)
 class Run:
     "What defines one training run. The same run always gives the same result on the same machine."
-    d_model: int            # a multiple of 8
+    d_model: int            # an even number
     n_layer: int
     tokens: int             # how many to train on, about: it is rounded to whole batches
     lr: float               # the highest learning rate
@@ -127,8 +129,9 @@ class Run:
     schedule: str = 'cosine'
 
     def config(self, vocab_size: int) -> GPTConfig:
-        "The model: RMSNorm, rotary positions, squared ReLU, heads of 16 channels or a little more."
-        return GPTConfig(vocab_size=vocab_size, max_seq_len=32, n_layer=self.n_layer, n_head=max(1, self.d_model // 16), d_model=self.d_model,
+        "The model: RMSNorm, rotary positions, squared ReLU, heads of 16 channels or the next number that divides the width evenly."
+        heads = next((h for h in range(self.d_model // 16, 0, -1) if self.d_model % (2 * h) == 0), 1)
+        return GPTConfig(vocab_size=vocab_size, max_seq_len=32, n_layer=self.n_layer, n_head=heads, d_model=self.d_model,
                          activation='relu2', qk_norm=True, residual_init='zero')
 
 def run_cost(run: Run, data: StoryTokens) -> dict[str, float]:
@@ -144,6 +147,7 @@ def train_run(
     marks: Sequence[float] = () # shares of the run after which the excess is measured, too
 ) -> dict: # the run, its costs N, D (tokens), C (FLOPs), `excess` in nats per token, and `curve`: pairs of D and excess at the marks
     "Train once, on fresh stories, to the end of the schedule (AdamW, warmup, cosine to zero)."
+    if 1 + run.seed == TEST_STREAM: raise ValueError(f'seed={run.seed} would train on the test stream: choose another')
     model, cost, B = GPT(run.config(len(data.words)), seed=run.seed), run_cost(run, data), run.batch_size
     steps = max(1, round(run.tokens / (B * data.per_story)))
     recipe = TrainConfig(max_steps=steps, lr=run.lr, final_lr=0., warmup=.05, schedule=run.schedule)
@@ -181,10 +185,10 @@ def run_sweep(
     marks: Sequence[float] = (),# as for `train_run`
     progress: bool = True       # show a bar
 ) -> list[dict]: # the log lines of these runs, in their order
-    "Train what is missing in the log."
+    "Train what is missing in the log. A finished run is not made again, whatever `data` and `marks` are now: keep one log for each language."
     runs, rows = list(runs), read_sweep(path)
     done = {tuple(r[k] for k in _KEY): r for r in rows}
-    todo = [r for r in runs if tuple(asdict(r).values()) not in done]
+    todo = list(dict.fromkeys(r for r in runs if tuple(asdict(r).values()) not in done))            # each once
     for run in tqdm(todo, 'sweep', unit='run', disable=not (progress and todo)):
         rows.append(done.setdefault(tuple(asdict(run).values()), train_run(run, data, marks)))
         with atomic_write(path, 'w') as f: f.writelines(json.dumps(r) + '\n' for r in rows)
@@ -319,7 +323,7 @@ def isoflop_runs(
 
 # %% ../nbs/11c_laws.ipynb #fd0a57a4
 class Valley(NamedTuple):
-    "The lowest point of the runs of one budget."
+    "The lowest point of the runs of one budget. `loss` in the unit that was given, `curvature` of ln loss over ln N: both sides of the minimum cost exp(curvature * x**2) at a distance x."
     C: float; N: float; D: float; loss: float; curvature: float
 
 def isoflop_minimum(

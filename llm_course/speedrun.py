@@ -146,18 +146,18 @@ def sprint_recipe(
                         weight_decay=0., warmup=.05, schedule='wsd', decay=.5, final_lr=0., seed=seed)
     return Recipe(model, train, back=3, pair_rank=16)
 
-# %% ../nbs/10d_speedrun.ipynb #cc71b9bc
+# %% ../nbs/10d_speedrun.ipynb #78509898
 class Race(NamedTuple):
     "What `race` measured. Losses in nats a token, on all held-out tokens."
     slow_loss: float
-    slow_seconds: float
+    slow_seconds: list[float]  # one for each slice
     fast_losses: list[float]   # one for each seed
     fast_seconds: list[float]
 
     @property
     def ratio(self) -> float:
-        "How many times faster: the slow run's time in units of the median of the fast ones."
-        return self.slow_seconds / statistics.median(self.fast_seconds)
+        "How many times faster: the median, over slices, of a slice's time by that of the lap beside it, times the number of slices."
+        return len(self.slow_seconds) * statistics.median(slow / fast for slow, fast in zip(self.slow_seconds, self.fast_seconds))
 
     @property
     def reached(self) -> int:
@@ -172,15 +172,15 @@ def race(
     laps: int = 5,          # slices of the slow run; after each the fast recipe runs once, with a seed of its own
     progress: bool = False  # show a bar
 ) -> Race:
-    "Run one recipe in slices and the other in between, and compare loss and time."
-    if laps < 1: raise ValueError(f'laps={laps}: use at least 1')
-    long, losses, seconds = Lap(slow, train_ids, val_ids), [], []
-    for seed in tqdm(range(laps), 'laps', disable=not progress):
-        goal = slow.train.max_steps * (seed + 1) // laps
-        long.advance(goal - long.trainer.step)
+    "Run one recipe in slices and the other in between, and compare loss and time. Raises `ValueError` if the steps do not divide."
+    if laps < 1 or slow.train.max_steps % laps: raise ValueError(f'laps={laps}: use at least 1, and a number that divides the {slow.train.max_steps} steps of the slow recipe')
+    long, slices, losses, seconds = Lap(slow, train_ids, val_ids), [], [], []
+    for seed in tqdm(range(laps), 'laps') if progress else range(laps):
+        before = long.seconds
+        slices.append(long.advance(slow.train.max_steps // laps).seconds - before)
         lap = Lap(change(fast, seed=seed), train_ids, val_ids).advance()
         losses.append(lap.loss()); seconds.append(lap.seconds)
-    return Race(long.loss(), long.seconds, losses, seconds)
+    return Race(long.loss(), slices, losses, seconds)
 
 # %% ../nbs/10d_speedrun.ipynb #7ce954b3
 def leave_one_out(
@@ -198,7 +198,7 @@ def leave_one_out(
             'no norm on queries and keys': less(qk_norm=False), 'tied embeddings': less(tie_embeddings=True),
             'four layers': less(n_layer=4), 'twice the batch, half the steps': less(batch_size=2 * recipe.train.batch_size, max_steps=half)}
 
-# %% ../nbs/10d_speedrun.ipynb #089e328a
+# %% ../nbs/10d_speedrun.ipynb #817ef81d
 def run_rows(
     rows: dict[str, Recipe],            # name -> recipe
     train_ids: Any,
@@ -210,7 +210,8 @@ def run_rows(
     "Run each recipe with each seed. Raises `ValueError` if the log has a run of the same name with another recipe."
     out, done = Path(out), read_runs(out)
     known = {(r['row'], r['seed']): r['recipe'] for r in done}
-    for seed, name in tqdm([(s, n) for s in seeds for n in rows], disable=not progress):
+    todo = [(s, n) for s in seeds for n in rows]
+    for seed, name in tqdm(todo) if progress else todo:
         recipe = change(rows[name], seed=seed)
         what = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
         if known.get((name, seed), what) != what: raise ValueError(f'{out} has a run {name!r} of seed {seed} with another recipe: choose another file, or another name')

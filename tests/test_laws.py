@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_course.laws import Run, ScalingLaw, StoryTokens, bootstrap_laws, fit_law, interval, isoflop_minimum, read_sweep, run_predicted, run_sweep, sweep_sha256, village
+from llm_course.laws import Run, ScalingLaw, StoryTokens, bootstrap_laws, fit_law, interval, isoflop_minimum, predict, read_sweep, run_cost, run_predicted, run_sweep, sweep_sha256, train_run, village
 
 torch.set_num_threads(1)
 N, D = (x.ravel() for x in np.meshgrid(np.geomspace(5e3, 5e5, 5), np.geomspace(1e5, 1e7, 5)))
@@ -77,6 +77,27 @@ def test_a_sweep_that_was_cut_off_goes_on(tmp_path):
     assert len(read_sweep(log)) == 3 and again[0] == whole[0]
     assert [r['excess'] for r in again] == pytest.approx([r['excess'] for r in whole], rel=1e-4)
     assert whole[1]['excess'] != whole[2]['excess'] and {1, 2, 3} <= data._kept.keys()      # seeds differ in weights and in text
+
+def test_the_interval_of_a_prediction_contains_the_misses_of_the_runs():
+    law, rng, data, run = ScalingLaw(.4, 60., .5, 300., .5), np.random.default_rng(0), StoryTokens(village(people=50)), Run(32, 2, 1_000_000, .01)
+    rows = [dict(d_model=8, n_layer=1, tokens=1000, lr=.01, seed=0, batch_size=32, schedule='cosine', N=n, D=d,
+                 excess=(law.loss(n, d) - .4) * math.exp(.1 * rng.normal())) for n, d in zip(N.tolist(), D.tolist())]
+    said = predict(run, rows, data, n=300)
+    assert said['low'] < law.loss(run_cost(run, data)['N'], run.tokens) - .4 < said['high']
+    assert 1.25 < said['high'] / said['low'] < 1.8                              # about exp(4 * 0.1); 1.09 if the runs' own misses are left out
+
+def test_a_run_that_is_asked_for_twice_is_made_once(tmp_path):
+    data, run = StoryTokens(village(people=50)), Run(8, 1, 1000, .01)
+    one, other = run_sweep([run, run], data, tmp_path/'log.jsonl', progress=False)
+    assert one == other and len(read_sweep(tmp_path/'log.jsonl')) == 1
+
+def test_no_run_reads_the_test_stream():
+    with pytest.raises(ValueError, match='seed=9999 would train on the test stream'): train_run(Run(8, 1, 1000, .01, 9999), StoryTokens(village(people=50)))
+
+@pytest.mark.parametrize('width', [8, 12, 56, 88])
+def test_every_even_width_has_heads(width):
+    config = Run(width, 1, 1000, .01).config(135)
+    assert config.d_model % config.n_head == 0 and config.d_model // config.n_head % 2 == 0
 
 def test_no_run_without_its_own_prediction(tmp_path):
     data, rows = StoryTokens(village(people=50)), [dict(d_model=8, n_layer=1, tokens=1000, lr=.01, seed=0, batch_size=32, schedule='cosine', D=1000, excess=.5)]
