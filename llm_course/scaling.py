@@ -263,7 +263,7 @@ def _norm_bytes(c: GPTConfig, a: int, fused: bool) -> int:
 
 def _attention_bytes(c: GPTConfig, a: int, T: int, fused: bool) -> int:
     q, k, H = c.n_head * c.head_dim, c.n_kv_head * c.head_dim, c.n_head
-    normed = ((q + k) * (a + (0 if fused else 4)) + 4 * (H + c.n_kv_head)) * c.qk_norm
+    normed = ((q + k) * (a + (0 if fused else 4 + 2 * (a == 2))) + 4 * (H + c.n_kv_head)) * c.qk_norm   # in sixteen bits the input is kept beside its float32
     if c.attn_softcap: return normed + 4 * a * q + 2 * a * H * T                        # tanh and softmax of all pairs
     if c.dropout and not fused: return normed + (12 + a) * q + 12 * H * T               # softmax, mask, masked softmax: in float32
     copied = c.position == 'rope' or c.qk_norm or (c.window or T) < T                   # the heads one after another, not the tokens
