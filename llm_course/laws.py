@@ -323,7 +323,7 @@ def isoflop_runs(
 
 # %% ../nbs/11c_laws.ipynb #fd0a57a4
 class Valley(NamedTuple):
-    "The lowest point of the runs of one budget. `loss` in the unit that was given, `curvature` of ln loss over ln N: both sides of the minimum cost exp(curvature * x**2) at a distance x."
+    "The lowest point of the runs of one budget. `loss` in the unit that was given, `curvature` of ln loss over ln N: both sides of the minimum cost exp(curvature x²) at a distance x."
     C: float; N: float; D: float; loss: float; curvature: float
 
 def isoflop_minimum(
