@@ -557,6 +557,7 @@ def _window_nats(model: nn.Module, ids: list[int], batch_size: int) -> float:
     if rest: nats[-rest:] = token_nats(model, ids[-T - 1:], T, T)[-rest:]
     return nats.sum().item()
 
+# %% ../nbs/12b_benchmarks.ipynb #acf0d04f
 def as_lm_eval(
     model: nn.Module,          # a GPT
     tokenizer: Any,            # the one it was trained with; with <|endoftext|>, after which a text begins
@@ -705,6 +706,7 @@ def eval_command(
         _write(folder, record | {'tasks': old | record['tasks']})
     return record
 
+# %% ../nbs/12b_benchmarks.ipynb #7f4c3d11
 def _read_results(path: Path) -> dict:
     "The tasks of an earlier evaluation."
     if not path.exists(): return {}

@@ -160,6 +160,7 @@ def _run_parser(description: str = '') -> Any:
     _explain(parser, RunConfig); _explain(parser, TrainConfig, 'train.')
     return parser
 
+# %% ../nbs/26_pipeline.ipynb #507da33e
 def _with_config(args: Sequence[str]) -> list[str]:
     "Put the default configuration in front, and replace the name of a shipped one by its path."
     flags = ('--config', '--data', '--device')

@@ -420,6 +420,7 @@ HARDWARE = {h.name: h for h in (
 
 _OTHER_BOARDS = {'PCIe', 'PCIE', 'NVL', 'MIG', 'Ti', 'SUPER', 'D', 'Laptop'}            # the same name with other numbers
 
+# %% ../nbs/11_scaling.ipynb #1add2c9b
 def hardware_by_name(
     name: str # as `torch.cuda.get_device_name` gives it
 ) -> Hardware:

@@ -164,6 +164,7 @@ class Race(NamedTuple):
         "How many of the fast runs came down to the loss of the slow one."
         return sum(loss <= self.slow_loss for loss in self.fast_losses)
 
+# %% ../nbs/10d_speedrun.ipynb #6591b27a
 def race(
     slow: Recipe,
     fast: Recipe,
