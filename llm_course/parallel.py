@@ -36,6 +36,7 @@ from .corpus import split_documents
 from .dataloading import Batches, encode_documents, open_tokens, write_tokens
 from .gpt import GPT, GPTConfig, count_params
 from .pretraining import TrainConfig, Trainer, make_optimizer
+from .streaming import CutRows, StreamingBatches
 from .tokenization import CharTokenizer
 
 # %% ../nbs/11b_parallel.ipynb #a337872c
@@ -630,6 +631,7 @@ def _arguments() -> argparse.ArgumentParser:
     p.add_argument('--ranks', type=int, help='refuse to run with another number')
     p.add_argument('--device', choices=('auto', 'cpu', 'cuda'), default='auto')
     p.add_argument('--lr', type=float, default=3e-3)
+    p.add_argument('--workers', type=int, default=0, help='threads on each rank that prepare batches ahead, in the order of chapter 09b; 0: none, in the order of chapter 09')
     numbers = {'steps': 100, 'until': None, 'batch-size': 16, 'accumulate': 1, 'seq-len': 64, 'checkpoint-every': 50, 'eval-every': 50, 'layers': 2, 'heads': 4, 'width': 64, 'seed': 0}
     for name, value in numbers.items(): p.add_argument(f'--{name}', type=int, default=value)
     return p
@@ -659,7 +661,8 @@ def main(
     rank, ranks = dist.get_rank(), dist.get_world_size()
     if a.ranks not in (None, ranks): raise ValueError(f'there are {ranks} ranks, and --ranks says {a.ranks}: start with torchrun --nproc-per-node {a.ranks}')
     model, *rest = _setup(a, main=rank == 0)
-    trainer = ParallelTrainer(model, *rest, strategy=a.strategy, device=device)
+    batches = StreamingBatches(CutRows(rest[0], a.seq_len), a.batch_size, a.seed, workers=a.workers, device=device) if a.workers else None
+    trainer = ParallelTrainer(model, *rest, strategy=a.strategy, device=device, batches=batches)
     if a.resume or int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)): trainer.resume()
     return trainer.fit(a.until, progress=rank == 0, on_step=on_step)
 
