@@ -66,6 +66,7 @@ def _causal(mask: Tensor|None, T_q: int, T_k: int, window: int|None, device: tor
     if T_q > T_k: raise ValueError(f'{T_q} causal queries but only {T_k} keys: the first queries would see nothing')
     return _may_look(T_q, T_k, device, window)
 
+# %% ../nbs/05_attention.ipynb #0f11d51f
 def attention(
     q: Tensor,                # queries, (B, H, T_q, D)
     k: Tensor,                # keys, (B, H_kv, T_k, D), H a multiple of H_kv

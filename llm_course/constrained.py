@@ -303,6 +303,7 @@ def _literal(text: bytes) -> str: return ''.join(f'[\\x{b:02x}] ' for b in text)
 _SCALARS = {'string': 'string', 'number': 'number', 'integer': "'-'? whole", 'boolean': "'true' | 'false'", 'null': "'null'"}
 _KNOWN = {'type', 'properties', 'required', 'items', 'enum', 'additionalProperties', 'description', 'title'}
 
+# %% ../nbs/08c_constrained.ipynb #d4512378
 def schema_rules(
     schema: dict,      # JSON Schema: type, properties, items, enum; every property is written, in the order given, and no other; an enum is taken as it is, whatever its type
     name: str = 'root' # of the rule that stands for it

@@ -40,7 +40,7 @@ def _chapters() -> list[Chapter]:
         'Model': '05 attention, 05b sparse, 05c flash, 06 gpt, 06b depth, 06c presets, 06d ablation, 07 families, 07b encoder_decoder, 07c moe, 07d recurrence, '
                  '08 generation, 08b decoding, 08c constrained',
         'Training': '09 dataloading, 09b streaming, 10 pretraining, 10b optimizers, 10c debugging, 10d speedrun, 11 scaling, 11b parallel, 11c laws, '
-                    '12 evaluation, 12b benchmarks, 13 pretrained',
+                    '12 evaluation, 12b benchmarks, 12c ledger, 13 pretrained, 13b huggingface, 13c continued',
         'Alignment': '14 classification, 15 sft, 16 peft, 17 rlhf, 18 dpo, 19 grpo',
         'Inference': '20 kv_cache, 21 quantization, 22 engine, 23 export, 24 serving',
         'Understanding and shipping': '25 interpretability, 26 pipeline'}
@@ -254,6 +254,7 @@ class Source:
 
 SOURCES: dict[str, Source] = {}
 
+# %% ../nbs/00_core.ipynb #f41bc966
 def register_source(
     source: Source # its name must be new
 ) -> Source:
@@ -464,6 +465,7 @@ def _human(x: float|None, units: tuple[str, ...], base: float = 1000) -> str:
         x /= base
     return f'{x:.3g} {units[-1]}'
 
+# %% ../nbs/00_core.ipynb #88d50771
 @dataclass(repr=False)
 class Budget:
     "What a piece of work will cost and, once it has run as a context manager, what it did cost. Shown as a table."

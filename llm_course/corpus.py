@@ -74,6 +74,7 @@ _WIKI = [(re.compile(a, re.M), b) for a, b in (
     (r'\[(?:https?:|//|mailto:)[^\s\[\]]*([^\[\]\n]*)\]', r'\1'),      # other sites
     (r"'{2,}|__[A-Z]{3,20}__|^[*#:;]+ *", ''))]                        # bold, switches, lists
 
+# %% ../nbs/02_corpus.ipynb #46305e72
 def strip_wiki(
     text: str # the source of a MediaWiki page
 ) -> str: # its prose; headings and list items are lines of their own
@@ -130,6 +131,7 @@ class _Pages:
             self.ready.append(Document(self.page['title'], self.page['text']))
         self.page.setdefault(tag, ''.join(self.text)); self.text.clear()
 
+# %% ../nbs/02_corpus.ipynb #33afb52a
 def wiki_articles(
     dump: str|Path|BinaryIO # a file that ends in .xml.bz2, or an open one
 ) -> Iterator[Document]: # title and wiki markup; no redirects, no talk pages
@@ -426,6 +428,7 @@ def _config(step: Any) -> dict:
 
 def _empty(text: str) -> str: return '' if text.strip() else 'empty'
 
+# %% ../nbs/02_corpus.ipynb #c22623a7
 def _apply(docs: list[Document], steps: Sequence[Callable], examples: int) -> tuple[list[Document], list[StepCount]]:
     "Send documents through steps: those that are left, and the counts."
     kept, counts = [], [StepCount(s.name, {}) for s in steps]
@@ -463,6 +466,7 @@ def _results(blocks: Iterable[list[Document]], steps: Sequence[Callable], exampl
             if len(waiting) > 2 * num_proc: yield waiting.popleft().result()
         while waiting: yield waiting.popleft().result()
 
+# %% ../nbs/02_corpus.ipynb #26a72366
 def _through(documents: Iterable[Document], steps: Sequence[Callable], counts: list[StepCount], examples: int, num_proc: int) -> Iterator[Document]:
     front = list(takewhile(lambda s: getattr(s, 'stateless', False), steps))
     for docs, found in _results(_blocks(documents), front, examples, num_proc):

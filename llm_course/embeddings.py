@@ -398,6 +398,7 @@ def pair_ranks(
     ranks = torch.tensor(ranks, dtype=torch.float64).view(-1, 2)
     return ranks, 1 - (ranks - 1) / rivals
 
+# %% ../nbs/04_embeddings.ipynb #3111690e
 def bootstrap_interval(
     values: Tensor,       # one number for each independent thing measured, (P,)
     level: float = .95,   # share of repetitions that should cover the truth

@@ -161,6 +161,7 @@ def _look_back(logits: Tensor, config: SamplingConfig, history: Sequence[int]|No
     logits = repetition_penalty(logits, history, c.repetition_penalty)
     return presence_penalty(frequency_penalty(logits, drawn, c.frequency_penalty), drawn, c.presence_penalty)
 
+# %% ../nbs/08_generation.ipynb #0a6e441b
 def next_token_probs(
     logits: Tensor,                            # scores (..., V)
     config: SamplingConfig = SamplingConfig(), # how to draw

@@ -218,6 +218,7 @@ def _on_host(t: Tensor) -> bool:
     "Whether looking at the values of t is free: on a device it would wait, under torch.compile it would cut the graph."
     return t.device.type == 'cpu' and not torch.compiler.is_compiling()
 
+# %% ../nbs/06_gpt.ipynb #4c04e128
 class GPT(nn.Module):
     "A decoder-only transformer of the GPT-2 or the Llama family. `seed` fixes the initial weights without touching shared random state."
     def __init__(self, config: GPTConfig, seed: int = 0):

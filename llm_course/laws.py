@@ -82,6 +82,7 @@ class StoryTokens:
         kept.extend(self.encode(s.text) for s in self.grammar.stories(max(0, n - len(kept)), seed, len(kept)))
         return kept[:n]
 
+# %% ../nbs/11c_laws.ipynb #73e93d11
 def story_batch(
     rows: Sequence[np.ndarray] # encoded stories
 ) -> tuple[Tensor, Tensor]: # ids and targets, int64 (B, T); targets of padding are -100

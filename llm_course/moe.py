@@ -96,6 +96,7 @@ class Traffic(NamedTuple):
     routing: Routing
     plan: Plan
 
+# %% ../nbs/07c_moe.ipynb #9f649643
 class MoE(nn.Module):
     "A drop-in for `MLP`: each token uses n_expert_active of n_expert experts (Shazeer et al., 2017; Jiang et al., 2024)."
     def __init__(self,

@@ -233,7 +233,9 @@ def make_muon(
     "Muon for the hidden matrices of a model and AdamW for the rest. Known to `TrainConfig` as 'muon'."
     options = {k: v for k, v in config.optimizer_args.items() if k != 'matrix_lr'}
     if bad := sorted(options.keys() & {'lr', 'weight_decay'}): raise ValueError(f'{bad[0]} in optimizer_args would have no effect: set it in TrainConfig, and the rate of the matrices as matrix_lr')
-    if isinstance(dtype := options.get('ns_dtype'), str): options['ns_dtype'] = getattr(torch, dtype)     # a YAML file has only names
+    if isinstance(name := options.get('ns_dtype'), str):                                                  # a YAML file has only names
+        if not isinstance(dtype := getattr(torch, name, None), torch.dtype): raise ValueError(f'ns_dtype={name!r} is no number format: choose bfloat16 or float32')
+        options['ns_dtype'] = dtype
     return Muon(param_groups(model, config), betas=(config.beta1, config.beta2), **options)
 
 def make_sgd(

@@ -77,6 +77,7 @@ def _define(source: str, space: dict) -> None:
     linecache.cache[name] = (len(source), None, source.splitlines(True), name)
     exec(compile(source, name, 'exec'), space)
 
+# %% ../nbs/11b_parallel.ipynb #4e1678d8
 def _serve(folder: Path, timeout: float) -> None:
     "What each process of `Ranks` does: join the group, then run one job after the other, as the lines of its input name them."
     rank, ranks = int(os.environ['RANK']), int(os.environ['WORLD_SIZE'])

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'COMMANDS', 'WITH_CHECKPOINT', 'corpus_key', 'StaleError', 'step', 'RunConfig', 'config_path', 'default_config',
            'load_config', 'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'normal', 'run', 'generate_command',
-           'main']
+           'chat_command', 'main']
 
 # %% ../nbs/26_pipeline.ipynb #a824de6b
 import dataclasses, functools, hashlib, inspect, json, logging, os, shlex, shutil, sys, time
@@ -26,6 +26,7 @@ from .core import Budget, DeviceError, Document, atomic_write, generator, pick_d
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text
 from .gpt import GPT, GPTConfig, count_params, flops_per_token
+from .pretrained import Chat, chat_loop, load_pretrained
 from .pretraining import (BigramModel, CheckpointError, DivergedError, Evaluation, TrainConfig, Trainer, UniformModel,
                                     evaluate, find_checkpoint, list_checkpoints, load_checkpoint, plot_run, read_log)
 from .scaling import available_memory, check_fits, memory_plan
@@ -365,6 +366,22 @@ def generate_command(
         sys.stdout.write(piece); sys.stdout.flush()
     sys.stdout.write('\n')
 
+# %% ../nbs/26_pipeline.ipynb #db63f0e9
+def chat_command(
+    model: str = 'smollm2-135m-instruct', # a model of chapter 13, a .gguf file, a folder in the layout of Hugging Face, a checkpoint or a run of your own
+    system: str|None = None,     # standing instruction; default: what the model's template says
+    temperature: float = .2,     # 0 always takes the likeliest token
+    top_p: float|None = .9,      # draw from the likeliest that together have this probability
+    max_new_tokens: int = 512,   # longest answer
+    seed: int = 0,               # the same seed and questions, the same answers
+    bfloat16: bool = False,      # half the memory, and faster where the processor can
+    device: str|None = None      # cpu, cuda or mps
+) -> None:
+    "Talk in the terminal; /help lists what else can be typed."
+    p = load_pretrained(model, torch.bfloat16 if bfloat16 else torch.float32, pick_device(device))
+    sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()) / 1e6:.1f} M parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
+    chat_loop(Chat(p, system, SamplingConfig(temperature, top_p=top_p), seed, max_new_tokens))
+
 # %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
@@ -379,7 +396,9 @@ COMMANDS = {'data': ('fetch a corpus and say what is in it', _data_command),
             'pretrain': ('tokenize, then train the model', pretrain),
             'run': ('all of it, with a picture, an evaluation and samples', run)}
 WITH_CHECKPOINT = {'generate': ('continue a text with a trained model', generate_command),
-                   'eval': ('measure a trained model, and write a report', _eval_command)}
+                   'chat': ('talk with a model in the terminal', chat_command),
+                  'chat': ('talk with a model in the terminal', chat_command),
+                  'eval': ('measure a trained model, and write a report', _eval_command)}
 
 def _parser() -> Any:
     "The parser of the whole command."

@@ -27,6 +27,7 @@ def _check_linear(q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor|None, chunk
     if log_decay is not None and not bool((log_decay <= 0).all()): raise ValueError(f'log_decay has {log_decay.max():.3g}: a decay above 1 explodes, give logarithms of at most 0')
     if type(chunk) is not int or chunk < 1: raise ValueError(f'chunk={chunk!r}: give a positive number of positions')
 
+# %% ../nbs/07d_recurrence.ipynb #98469a57
 def linear_attention(
     q: Tensor,                     # queries, (B, H, T, D)
     k: Tensor,                     # keys, (B, H, T, D)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,24 +38,35 @@ def gpt2_recipe(
     vocab_size: int,    # number of characters
     steps: int = 2000,  # length of the run
     seed: int = 0,      # of the weights and the order of the batches
-    **size: int         # fields of the model to set otherwise, such as n_layer
+    **size: Any         # fields of the model to set otherwise, such as n_layer or activation
 ) -> Recipe:
     "A plain GPT-2 in small: LayerNorm, GELU, learned positions, tied embeddings, AdamW, cosine to a tenth."
     model = GPTConfig.from_name('gpt2', **dict(vocab_size=vocab_size, max_seq_len=64, n_layer=4, n_head=4, d_model=128) | size)
     return Recipe(model, TrainConfig(max_steps=steps, batch_size=12, lr=1e-3, beta2=.99, warmup=.05, seed=seed))
 
 # %% ../nbs/10d_speedrun.ipynb #c3174f1a
+_FILLED = ('n_kv_head', 'head_dim', 'd_ff', 'qkv_bias', 'init_std')     # what a GPTConfig works out itself when it is None
+
+def _worked_out(model: GPTConfig) -> dict[str, None]:
+    "Those of its fields that hold what the config works out itself, emptied, so that they follow when others change."
+    def usual(name: str) -> bool:
+        try: return getattr(dataclasses.replace(model, **{name: None}), name) == getattr(model, name)
+        except ValueError: return False                                  # such as a head_dim that is not d_model / n_head
+    return {name: None for name in _FILLED if usual(name)}
+
 def change(
     recipe: Recipe,
     **changes: Any # fields of the recipe, of its model or of its training
 ) -> Recipe: # another one; the first stays as it is
-    "A recipe with some fields changed. Raises `ValueError` for a field that neither of its parts has."
-    for name, value in changes.items():
-        where = [part for part in (recipe, recipe.model, recipe.train) if name in {f.name for f in dataclasses.fields(part)}]
-        if not where: raise ValueError(f'{name!r} is no field of a recipe, of its GPTConfig or of its TrainConfig: check its spelling')
-        new = dataclasses.replace(where[0], **{name: value})
-        recipe = new if where[0] is recipe else dataclasses.replace(recipe, **{'model' if where[0] is recipe.model else 'train': new})
-    return recipe
+    "A recipe with some fields changed, all at once; what `GPTConfig` works out from them follows. Raises `ValueError` for a field that neither of its parts has."
+    names = lambda part: {f.name for f in dataclasses.fields(part)}
+    if bad := sorted(changes.keys() - names(recipe) - names(recipe.model) - names(recipe.train)):
+        raise ValueError(f'{bad[0]!r} is no field of a recipe, of its GPTConfig or of its TrainConfig: check its spelling')
+    own = {'model': recipe.model, 'train': recipe.train} | {n: v for n, v in changes.items() if n in names(recipe)}
+    for part in ('model', 'train'):
+        new = {n: v for n, v in changes.items() if n not in names(recipe) and n in names(own[part])}
+        if new: own[part] = dataclasses.replace(own[part], **(_worked_out(own[part]) if part == 'model' else {}) | new)
+    return dataclasses.replace(recipe, **own)
 
 # %% ../nbs/10d_speedrun.ipynb #b11b1871
 def earlier(
@@ -72,6 +84,7 @@ class ContextEmbedding(nn.Module):
     MAX_PAIRS = 4_000_000                                               # numbers in the table of pairs
     def __init__(self, now: nn.Embedding, back: int = 3, pair_rank: int = 0, seed: int = 0):
         super().__init__()
+        if back < 0 or pair_rank < 0: raise ValueError(f'back={back}, pair_rank={pair_rank}: both must be 0 or more')
         V, d = now.weight.shape
         if (size := (V + 1) * V * pair_rank) > self.MAX_PAIRS: raise ValueError(f'a table of pairs for a vocabulary of {V} needs {size:,} numbers, the limit is {self.MAX_PAIRS:,}: lower pair_rank, or use characters')
         self.now, g, std = now, generator(seed), now.weight.std().item()
@@ -95,7 +108,8 @@ class ContextEmbedding(nn.Module):
 
 # %% ../nbs/10d_speedrun.ipynb #690dfb8c
 class SprintGPT(GPT):
-    "A GPT whose embedding sees the last few tokens. Writes text without a cache only."
+    """A GPT whose embedding sees the last few tokens. Writes text without a cache only. A checkpoint of chapter 10 does not say `back` and `pair_rank`,
+    so `load_checkpoint` refuses one of this model: keep its `state_dict`, and load that into what `build` makes."""
     def __init__(self, config: GPTConfig, back: int, pair_rank: int = 0, seed: int = 0):
         super().__init__(config, seed)
         self.embed = ContextEmbedding(self.embed, back, pair_rank, seed)
@@ -119,7 +133,7 @@ class Lap:
         self.recipe, self.val_ids, self.seconds = recipe, val_ids, 0.
         self.trainer = Trainer(build(recipe), train_ids, val_ids, recipe.train, Path('no folder is written'), device=device)
 
-    def advance(self, steps: int|None = None) -> 'Lap': # steps: default all that are left
+    def advance(self, steps: int|None = None) -> 'Lap': # steps: default all that are left, and never more than those
         "Train on. Returns itself."
         left = self.recipe.train.max_steps - self.trainer.step
         for _ in range(left if steps is None else min(steps, left)):
@@ -137,11 +151,11 @@ def sprint_recipe(
     vocab_size: int,   # number of characters
     steps: int = 200,  # length of the run
     seed: int = 0,     # of the weights and the order of the batches
-    **size: int        # fields of the model to set otherwise, such as n_layer
+    **size: Any        # fields of the model to set otherwise, such as n_layer or activation
 ) -> Recipe:
     "The fast one: one layer behind a context embedding, Muon, linear decay to zero over the second half."
-    size = dict(max_seq_len=64, n_layer=1, n_head=4, d_model=128) | size
-    model = GPTConfig(vocab_size, **size, activation='relu2', qk_norm=True, residual_init='zero', tie_embeddings=False)
+    usual = dict(max_seq_len=64, n_layer=1, n_head=4, d_model=128, activation='relu2', qk_norm=True, residual_init='zero', tie_embeddings=False)
+    model = GPTConfig(vocab_size, **usual | size)
     train = TrainConfig(max_steps=steps, batch_size=12, optimizer='muon', optimizer_args={'matrix_lr': .02, 'momentum': .8}, lr=1.2e-2, beta1=.8,
                         weight_decay=0., warmup=.05, schedule='wsd', decay=.5, final_lr=0., seed=seed)
     return Recipe(model, train, back=3, pair_rank=16)
@@ -187,7 +201,7 @@ def race(
 def leave_one_out(
     recipe: Recipe # one that `sprint_recipe` made
 ) -> dict[str, Recipe]: # what was undone -> recipe
-    "The recipe itself, and the recipe with each of its tricks undone in turn."
+    "The recipe itself, and the recipe with one of its tricks undone at a time; only weight decay, `beta1` and `init_std` have no row."
     less = lambda **c: change(recipe, **c)
     args, half = recipe.train.optimizer_args, recipe.train.max_steps // 2
     return {'the fast recipe': recipe,
@@ -208,17 +222,19 @@ def run_rows(
     seeds: Sequence[int] = (0, 1, 2),
     progress: bool = False              # show a bar
 ) -> list[dict]: # row, seed, loss, seconds, steps, parameters of every run in the log
-    "Run each recipe with each seed. Raises `ValueError` if the log has a run of the same name with another recipe."
+    "Run each recipe with each seed. Raises `ValueError` if the log has a run of the same name with another recipe or on another text."
     out, done = Path(out), read_runs(out)
-    known = {(r['row'], r['seed']): r['recipe'] for r in done}
+    known = {(r['row'], r['seed']): r for r in done}
+    text = hashlib.sha256(b''.join(np.asarray(getattr(ids, 'ids', ids), np.int64).tobytes() for ids in (train_ids, val_ids))).hexdigest()[:16]
     todo = [(s, n) for s in seeds for n in rows]
     for seed, name in tqdm(todo) if progress else todo:
         recipe = change(rows[name], seed=seed)
-        what = hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()[:16]
-        if known.get((name, seed), what) != what: raise ValueError(f'{out} has a run {name!r} of seed {seed} with another recipe: choose another file, or another name')
-        if (name, seed) in known: continue
+        what = {'recipe': hashlib.sha256(json.dumps(dataclasses.asdict(recipe), sort_keys=True).encode()).hexdigest()[:16], 'text': text}
+        had = known.get((name, seed), {})
+        if other := [k for k in what if had.get(k, what[k]) != what[k]]: raise ValueError(f'{out} has a run {name!r} of seed {seed} with another {other[0]}: choose another file, or another name')
+        if had: continue
         lap = Lap(recipe, train_ids, val_ids).advance()
         done.append({'row': name, 'seed': seed, 'loss': round(lap.loss(), 4), 'seconds': round(lap.seconds, 2), 'steps': recipe.train.max_steps,
-                     'parameters': sum(p.numel() for p in lap.trainer.model.parameters()), 'recipe': what})
+                     'parameters': sum(p.numel() for p in lap.trainer.model.parameters()), **what})
         with atomic_write(out, 'w') as f: f.writelines(json.dumps(r) + '\n' for r in done)
     return done

@@ -211,6 +211,7 @@ def join(self: _Pairs, left: str, right: str) -> str:
     self._push(self.beside[left] | self.beside[right] | self.beside[left + right[2:]])
     return left + right[2:]
 
+# %% ../nbs/03b_subwords.ipynb #19c5f79e
 def learn_wordpieces(
     counts: dict[str, int],   # how often each word occurs
     n_pieces: int,            # how many to learn, not counting single characters
@@ -506,6 +507,7 @@ def _identity(self: _WordSplit) -> list:
 def _identity(self: UnigramTokenizer) -> list:
     return ['unigram', self.pattern, self.byte_fallback, [list(x) for x in self.vocab], list(self.special_tokens.items())]
 
+# %% ../nbs/03b_subwords.ipynb #dad2efd2
 def _file(tokenizer: Tokenizer, model: dict, pre_tokenizer: dict, decoder: dict) -> dict:
     "The content of a `tokenizer.json`."
     flags = {'single_word': False, 'lstrip': False, 'rstrip': False, 'normalized': False, 'special': True}
@@ -677,6 +679,7 @@ def _visible(data: bytes) -> str:
     try: return data.decode().translate({32: '·', 10: '↵', 13: '←', 9: '→'}) or '∅'
     except UnicodeDecodeError: return data.hex(' ').upper()
 
+# %% ../nbs/03b_subwords.ipynb #63c67339
 class TokenView:
     "Texts cut into tokens: a picture in a notebook, lines of text elsewhere. Made by `show_tokens`."
     def __init__(self,

@@ -80,7 +80,7 @@ def test_outputs_are_stored_and_clean(path):
     assert not any(o['output_type'] == 'error' for c in code for o in c['outputs'])
     assert not any(o.get('name') == 'stderr' for c in code for o in c['outputs'])
     assert not re.search(r'(/(root|home|tmp|work|Users|mnt|private|var/folders)/|[A-Z]:\\\\)', shown), 'a path of one machine is stored'
-    assert sum(bool(c['outputs']) for c in code) >= 2
+    assert not code or sum(bool(c['outputs']) for c in code) >= 2
     for c in code:
         if directives(c['source']) & {'slow', 'cuda'} and 'print(' in c['source'] and 'cuda' not in directives(c['source']): assert c['outputs'], c['source'][:100]
 

@@ -12,7 +12,7 @@ from torch import nn
 from llm_course.core import generator
 from llm_course.gpt import GPT, GPTConfig
 from llm_course.optimizers import EMA, SGD, AdamW, Muon, newton_schulz, noise_scale, param_groups, smoothed_loss, wsd
-from llm_course.pretraining import TrainConfig, Trainer, lr_at
+from llm_course.pretraining import TrainConfig, Trainer, lr_at, make_optimizer
 
 shapes = st.lists(st.lists(st.integers(1, 7), max_size=3).map(tuple), min_size=1, max_size=5)
 matrices = st.lists(st.tuples(st.integers(1, 24), st.integers(1, 24)), min_size=1, max_size=5)
@@ -180,3 +180,10 @@ def test_the_trainer_takes_the_loss_and_saves_the_average(tmp_path):
     batches = [(torch.from_numpy(text[i:i + 64].reshape(4, 16)), torch.from_numpy(text[i + 1:i + 65].reshape(4, 16))) for i in range(0, 640, 64)]
     model.zero_grad()
     assert noise_scale(model, batches).trace > 0 and all(p.grad is None for p in model.parameters())
+
+
+def test_a_number_format_that_there_is_not():
+    model = GPT(GPTConfig(vocab_size=11, max_seq_len=4, n_layer=1, n_head=1, d_model=8))
+    for bad in ('bf16', 'nn'):
+        with pytest.raises(ValueError, match=f"ns_dtype='{bad}' is no number format"): make_optimizer(model, TrainConfig(optimizer='muon', optimizer_args={'ns_dtype': bad}))
+    make_optimizer(model, TrainConfig(optimizer='muon', optimizer_args={'ns_dtype': 'bfloat16'}))
