@@ -26,6 +26,7 @@ from .core import Budget, DeviceError, Document, atomic_write, generator, pick_d
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text
 from .gpt import GPT, GPTConfig, count_params, flops_per_token
+import llm_course.huggingface   # with it load_pretrained reads folders of Hugging Face
 from .pretrained import Chat, chat_loop, load_pretrained
 from .pretraining import (BigramModel, CheckpointError, DivergedError, Evaluation, TrainConfig, Trainer, UniformModel,
                                     evaluate, find_checkpoint, list_checkpoints, load_checkpoint, plot_run, read_log)
@@ -396,7 +397,6 @@ COMMANDS = {'data': ('fetch a corpus and say what is in it', _data_command),
             'pretrain': ('tokenize, then train the model', pretrain),
             'run': ('all of it, with a picture, an evaluation and samples', run)}
 WITH_CHECKPOINT = {'generate': ('continue a text with a trained model', generate_command),
-                   'chat': ('talk with a model in the terminal', chat_command),
                   'chat': ('talk with a model in the terminal', chat_command),
                   'eval': ('measure a trained model, and write a report', _eval_command)}
 
