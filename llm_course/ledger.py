@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Setting', 'LedgerText', 'ledger_text', 'train_setting', 'training_bytes', 'Entry', 'judge', 'run_setting', 'Ledger',
-           'Row', 'keep', 'ledger_row', 'Move', 'climb', 'course_start', 'course_moves', 'ledger_table', 'plot_ledger',
-           'race_settings']
+           'Row', 'keep', 'ledger_row', 'Move', 'climb', 'course_start', 'course_moves', 'race_settings',
+           'ledger_table', 'plot_ledger']
 
 # %% ../nbs/12c_ledger.ipynb #77c5673c
 import dataclasses, hashlib, json, math, statistics, tempfile, time
@@ -318,7 +318,30 @@ def course_moves(
             ('12', 'judged by a sliding window', {'stride': 64})]
     return text + [Move(*m) for m in model + train + rest]
 
-# %% ../nbs/12c_ledger.ipynb #ad6fee3b
+# %% ../nbs/12c_ledger.ipynb #a3d9ffa4
+def race_settings(
+    settings: dict[str, Setting],
+    texts: dict[str, LedgerText],
+    rounds: int = 5,
+    steps: int = 4,         # of each setting in a round
+    progress: bool = False  # show a bar
+) -> dict[str, float]: # tokens a second, median over the rounds
+    "Speed of training, the settings taking turns, so that a slow minute of the machine hurts all of them."
+    trainers = {}
+    for name, s in settings.items():
+        model, text = checkpoint_activations(build(s), 1 if s.recompute else None), texts[s.tokens]
+        trainers[name] = Trainer(model, text.train, text.val, s.train, 'no folder is written', loss_fn=s.loss_fn())
+        trainers[name].train_step()                                                   # allocations, the state of the optimizer
+    seconds = {name: [] for name in settings}
+    for _ in tqdm(range(rounds), 'rounds') if progress else range(rounds):
+        for name, t in trainers.items():
+            start = time.perf_counter()
+            for _ in range(steps): t.train_step()
+            seconds[name].append((time.perf_counter() - start) / steps)
+    tokens = {name: t.config.batch_size * t.config.accumulate * t.seq_len for name, t in trainers.items()}
+    return {name: tokens[name] / statistics.median(seconds[name]) for name in settings}
+
+# %% ../nbs/12c_ledger.ipynb #1823f09f
 def _cells(r: Row) -> list[str]:
     d, show = r.difference, lambda v, f: '' if v is None else format(v, f)
     change = '' if d is None else f'{d.mean:+.3f} [{d.low:+.3f}, {d.high:+.3f}]'
@@ -327,12 +350,15 @@ def _cells(r: Row) -> list[str]:
 
 def ledger_table(
     ledger: Ledger,
-    names: Sequence[str]|None = None # of the lines to show; default all
+    names: Sequence[str]|None = None,    # of the lines to show; default all
+    speeds: dict[str, float]|None = None # tokens a second by line; default what the runs say of themselves
 ) -> str: # a Markdown table
     "One row for each line, in the order in which they were added."
     head = ['page', 'idea', 'on top of', 'bits a byte', 'change [95 %]', 'peak MB', 'M parameters', 'tokens/s', 'verdict']
     names = list(dict.fromkeys(e.name for e in ledger.entries)) if names is None else names
-    rows = [head, [':--', ':--', ':--', '--:', '--:', '--:', '--:', '--:', ':--'], *(_cells(ledger_row(ledger, n)) for n in names)]
+    rows = [ledger_row(ledger, n) for n in names]
+    if speeds is not None: rows = [r._replace(tokens_per_second=speeds.get(r.name)) for r in rows]
+    rows = [head, [':--', ':--', ':--', '--:', '--:', '--:', '--:', '--:', ':--'], *map(_cells, rows)]
     return '\n'.join('| ' + ' | '.join(r) + ' |' for r in rows)
 
 Ledger._repr_markdown_ = ledger_table
@@ -356,26 +382,3 @@ def plot_ledger(
     ax.set_yticks(range(len(rows)), [f'{r.page}  {r.name}' for r in rows], fontsize=7)
     ax.set_xlabel('bits a byte, held out'); ax.invert_yaxis()
     return ax
-
-# %% ../nbs/12c_ledger.ipynb #a3d9ffa4
-def race_settings(
-    settings: dict[str, Setting],
-    texts: dict[str, LedgerText],
-    rounds: int = 5,
-    steps: int = 4,         # of each setting in a round
-    progress: bool = False  # show a bar
-) -> dict[str, float]: # tokens a second, median over the rounds
-    "Speed of training, the settings taking turns, so that a slow minute of the machine hurts all of them."
-    trainers = {}
-    for name, s in settings.items():
-        model, text = checkpoint_activations(build(s), 1 if s.recompute else None), texts[s.tokens]
-        trainers[name] = Trainer(model, text.train, text.val, s.train, 'no folder is written', loss_fn=s.loss_fn())
-        trainers[name].train_step()                                                   # allocations, the state of the optimizer
-    seconds = {name: [] for name in settings}
-    for _ in tqdm(range(rounds), 'rounds') if progress else range(rounds):
-        for name, t in trainers.items():
-            start = time.perf_counter()
-            for _ in range(steps): t.train_step()
-            seconds[name].append((time.perf_counter() - start) / steps)
-    tokens = {name: t.config.batch_size * t.config.accumulate * t.seq_len for name, t in trainers.items()}
-    return {name: tokens[name] / statistics.median(seconds[name]) for name in settings}

@@ -368,6 +368,12 @@ def generate_command(
     sys.stdout.write('\n')
 
 # %% ../nbs/26_pipeline.ipynb #db63f0e9
+def _read_line(prompt: str) -> str:
+    "A line of standard input that is no terminal, such as a file."
+    sys.stdout.write(prompt); sys.stdout.flush()
+    if not (line := sys.stdin.readline()): raise EOFError
+    return line.rstrip('\n')
+
 def chat_command(
     model: str = 'smollm2-135m-instruct', # a model of chapter 13, a .gguf file, a folder in the layout of Hugging Face, a checkpoint or a run of your own
     system: str|None = None,     # standing instruction; default: what the model's template says
@@ -381,7 +387,7 @@ def chat_command(
     "Talk in the terminal; /help lists what else can be typed."
     p = load_pretrained(model, torch.bfloat16 if bfloat16 else torch.float32, pick_device(device))
     sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()) / 1e6:.1f} M parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
-    chat_loop(Chat(p, system, SamplingConfig(temperature, top_p=top_p), seed, max_new_tokens))
+    chat_loop(Chat(p, system, SamplingConfig(temperature, top_p=top_p), seed, max_new_tokens), input if sys.stdin.isatty() else _read_line)
 
 # %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:

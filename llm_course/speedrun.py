@@ -211,7 +211,8 @@ def leave_one_out(
             'cosine to a tenth': less(schedule='cosine', final_lr=.1), 'GPT-2 initialisation': less(residual_init='scaled'),
             'LayerNorm': less(norm='layernorm'), 'learned positions': less(position='learned'), 'GELU': less(activation='gelu_tanh'),
             'no norm on queries and keys': less(qk_norm=False), 'tied embeddings': less(tie_embeddings=True),
-            'four layers': less(n_layer=4), 'twice the batch, half the steps': less(batch_size=2 * recipe.train.batch_size, max_steps=half)}
+            'four layers': less(n_layer=4), 'twice the batch, half the steps': less(batch_size=2 * recipe.train.batch_size, max_steps=half),
+            'AdamW, lr 0.003, 2/5 more steps': less(optimizer='adamw', optimizer_args={}, lr=3e-3, max_steps=recipe.train.max_steps * 7 // 5)}
 
 # %% ../nbs/10d_speedrun.ipynb #817ef81d
 def run_rows(
