@@ -52,7 +52,7 @@ def test_site_has_no_defects(site):
     assert docs.check_site(site) == []
 
 def test_every_notebook_is_a_page(site):
-    want = {'index.html'} | {name.split('_', 1)[1].replace('.ipynb', '.html') for name in docs.chapters(ROOT/'nbs') if name != 'index.ipynb'}
+    want = {'index.html'} | {name.split('_', 1)[-1].replace('.ipynb', '.html') for name in docs.chapters(ROOT/'nbs') if name != 'index.ipynb'}
     assert {p.name for p in site.glob('*.html')} == want
 
 def test_sidebar_lists_every_notebook_once_and_in_order():
