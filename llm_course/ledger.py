@@ -176,6 +176,14 @@ def run_setting(
                  log[-1]['tokens'], round(log[0]['tokens'] / statistics.median(times)), _thin(log), prompt + sample,
                  json.loads(json.dumps(dataclasses.asdict(change(setting, seed=seed)))), _made_with(text))
 
+# %% ../nbs/12c_ledger.ipynb #e1cb8a44
+def _refuse(old: Entry, new: Entry, *names: str) -> None:
+    def pick(e: Entry, name: str) -> Any:
+        if name == 'setting': return {**e.setting, 'train': {**e.setting.get('train', {}), 'seed': None}}
+        return e.made_with.get('text') if name == 'text' else getattr(e, name)
+    for name in names:
+        if (a := pick(old, name)) != (b := pick(new, name)): raise ValueError(f'{new.name!r} with seed {new.seed} does not go with {old.name!r} in the ledger: its {name} is {b!r} and was {a!r} there')
+
 # %% ../nbs/12c_ledger.ipynb #5fa09f9a
 class Ledger:
     "All entries of a file, in order. Raises `ValueError` naming a line that cannot be read."
@@ -207,13 +215,6 @@ class Ledger:
             if 'tokens' in e.setting and e.setting['tokens'] == entry.setting.get('tokens'): _refuse(e, entry, 'text')
         with atomic_write(self.path, 'w') as f: f.writelines(json.dumps(dataclasses.asdict(e)) + '\n' for e in [*self.entries, entry])
         self.entries.append(entry)
-
-def _refuse(old: Entry, new: Entry, *names: str) -> None:
-    def pick(e: Entry, name: str) -> Any:
-        if name == 'setting': return {**e.setting, 'train': {**e.setting.get('train', {}), 'seed': None}}
-        return e.made_with.get('text') if name == 'text' else getattr(e, name)
-    for name in names:
-        if (a := pick(old, name)) != (b := pick(new, name)): raise ValueError(f'{new.name!r} with seed {new.seed} does not go with {old.name!r} in the ledger: its {name} is {b!r} and was {a!r} there')
 
 # %% ../nbs/12c_ledger.ipynb #dfe88023
 class Row(NamedTuple):
