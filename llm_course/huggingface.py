@@ -20,6 +20,7 @@ from torch import Tensor
 from .gpt import GPT, GPTConfig, count_params
 from .positions import rope_table, scale_rope, yarn_attention_factor
 from .pretrained import _NoInit, ChatTemplate, Pretrained, build_model, end_ids, register_loader
+from .pretraining import _sync
 from .subwords import HFTokenizer
 from .tokenization import CharTokenizer, Tokenizer, load_tokenizer
 
@@ -32,13 +33,14 @@ class StoredTensor(NamedTuple):
     start: int                # first byte in the file
     n_bytes: int
 
-_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16}
+_DTYPES = {'F64': torch.float64, 'F32': torch.float32, 'F16': torch.float16, 'BF16': torch.bfloat16,
+           'BOOL': torch.bool, 'U8': torch.uint8, 'I8': torch.int8, 'I16': torch.int16, 'I32': torch.int32, 'I64': torch.int64}   # no weights, but the masks of old files
 
 def _stored(path: Path, name: str, entry: Any, begin: int) -> StoredTensor:
     "One entry of a header, checked."
     try:
         kind, shape, (a, b) = entry['dtype'], tuple(entry['shape']), entry['data_offsets']
-        if not all(type(n) is int and n >= 0 for n in (*shape, a, b)): raise TypeError
+        if not (isinstance(kind, str) and isinstance(entry['shape'], list) and all(type(n) is int and n >= 0 for n in (*shape, a, b))): raise TypeError
     except (KeyError, TypeError, ValueError): raise ValueError(f'{path}: the header entry of {name!r} is damaged') from None
     if kind not in _DTYPES: raise ValueError(f'{path}: {name!r} is of type {kind!r}, and only {", ".join(_DTYPES)} can be read: quantised weights must be converted first')
     if b - a != (need := math.prod(shape) * _DTYPES[kind].itemsize): raise ValueError(f'{path}: {name!r} of shape {shape} needs {need} bytes, the header gives it {b - a}')
@@ -127,6 +129,7 @@ def _misfits(c: GPTConfig, family: str) -> list[str]:
     if family == 'llama': want['window'] = None
     if family == 'mistral': want['global_every'] = None
     wrong = [f'{k}={getattr(c, k)!r}' for k, v in want.items() if getattr(c, k) != v]
+    if family == 'llama' and c.d_model % c.n_head: wrong.append(f'd_model={c.d_model}, which is no multiple of n_head={c.n_head}')   # transformers refuses it
     return wrong + ([f'activation={c.activation!r}'] if c.activation not in (_ACTS if family == 'gpt2' else _GATED_ACTS) else [])
 
 def hf_family(
@@ -144,24 +147,28 @@ def hf_family(
 _ROPE_DEFAULTS = {'linear': {}, 'yarn': dict(beta_fast=32., beta_slow=1., truncate=True), 'llama3': dict(low_freq_factor=1., high_freq_factor=4.)}
 
 def _rope(values: dict) -> tuple[float, dict|None]:
-    "The base of the rotations, and how they are stretched, if they are."
+    "The base of the rotations, and how they are stretched, if they are. What stands in two places must agree."
     old, new = values.get('rope_scaling') or {}, values.get('rope_parameters') or {}
     if not isinstance(old, dict) or not isinstance(new, dict): raise ValueError('rope_scaling and rope_parameters must be objects')
-    bases = [x['rope_theta'] for x in (values, old, new) if x.get('rope_theta') is not None]
-    if any(b != bases[0] for b in bases): raise ValueError(f'it gives rope_theta as {" and as ".join(map(str, dict.fromkeys(bases)))}: only one can be right')
-    both = old | new
-    kind = both.get('rope_type', both.get('type', 'default'))
-    if values.get('partial_rotary_factor', both.get('partial_rotary_factor', 1)) not in (1, None): raise ValueError('it turns only a part of each head (partial_rotary_factor), which GPT does not')
-    base = float(bases[0]) if bases else 10_000.
-    return (base, None) if kind == 'default' else (base, _scaling(both, kind, values.get('max_position_embeddings')))
+    if kinds := [k for k, v in new.items() if isinstance(v, dict)]: raise ValueError(f'rope_parameters differ between kinds of layers ({", ".join(kinds)}), and GPT has one table for all')
+    found: dict[str, Any] = {}
+    for x in ({k: values.get(k) for k in ('rope_theta', 'partial_rotary_factor', 'original_max_position_embeddings')}, old, new):
+        for key, value in x.items():
+            key = 'rope_type' if key == 'type' else key
+            if value is not None and (first := found.setdefault(key, value)) is not value and first != value: raise ValueError(f'it gives {key} as {first!r} and as {value!r}: only one can be right, take the other out of config.json')
+    if found.get('partial_rotary_factor', 1) != 1: raise ValueError('it turns only a part of each head (partial_rotary_factor), which GPT does not')
+    base, kind = found.get('rope_theta', 10_000.), found.get('rope_type', 'default')
+    if type(base) not in (int, float) or not 1 < base < 1e30: raise ValueError(f'rope_theta is {repr(base)[:40]}, not a number above 1')
+    return float(base), None if kind == 'default' else _scaling(found, kind, values.get('max_position_embeddings'))
 
 def _scaling(both: dict, kind: str, length: int|None) -> dict:
     "The entries of `rope_scaling` that count. Raises `ValueError` for what `scale_rope` cannot do."
-    if kind not in _ROPE_DEFAULTS: raise ValueError(f'its rope_type is {kind!r}, and only default, {", ".join(_ROPE_DEFAULTS)} can be read')
-    known = {'factor': both.get('factor')} | _ROPE_DEFAULTS[kind]
-    if type(known['factor']) not in (int, float): raise ValueError(f'its RoPE scaling has factor={known["factor"]!r}, not a number')
-    known['factor'] = float(known['factor'])
-    if kind != 'linear': known['original_max_position_embeddings'] = both.get('original_max_position_embeddings') or length
+    if not isinstance(kind, str) or kind not in _ROPE_DEFAULTS: raise ValueError(f'its rope_type is {kind!r}, and only default, {", ".join(_ROPE_DEFAULTS)} can be read')
+    if type(factor := both.get('factor')) not in (int, float) or not 1 <= factor <= 1e6: raise ValueError(f'its RoPE scaling has factor={repr(factor)[:40]}, not a number from 1 to 1,000,000')
+    known = {'factor': float(factor)} | _ROPE_DEFAULTS[kind]
+    if kind != 'linear':
+        trained = known['original_max_position_embeddings'] = both.get('original_max_position_embeddings', length)
+        if type(trained) is not int or not 0 < trained <= 1 << 30: raise ValueError(f'its RoPE scaling has original_max_position_embeddings={repr(trained)[:40]}, not a number of positions')
     for key, value in both.items():
         ignore = key in ('rope_theta', 'rope_type', 'type', 'partial_rotary_factor') or key in ('original_max_position_embeddings', 'factor') or value is None
         if not ignore and (key not in known or known[key] != value): raise ValueError(f'its RoPE scaling has {key}={value!r}, and {kind} is done here with {key}={known.get(key)!r} only')
@@ -173,10 +180,11 @@ def _refuse_state(model: GPT, *_: Any) -> None:
 
 def stretch_rope(
     model: GPT,   # with position='rope'; changed in place
-    scaling: dict # as in a config.json: rope_type 'linear', 'yarn' or 'llama3', factor, and what the type needs
+    scaling: dict # as in a config.json: rope_type (or type) 'linear', 'yarn' or 'llama3', factor, and what the type needs; without original_max_position_embeddings the model's max_seq_len
 ) -> GPT: # the same model
-    "Replace the table of rotations by one for longer texts. The model keeps `rope_scaling`, which `save_hf` writes; `state_dict`, and so a checkpoint that would lose it, is refused."
-    c, kind, factor = model.config, scaling['rope_type'], scaling['factor']
+    "Replace the table of rotations by one for longer texts. The model keeps `rope_scaling`, which `save_hf` writes; `state_dict`, and so a checkpoint that would lose it, is refused. Raises `ValueError` for a model without rotations, and for a stretching that is not done here."
+    c, scaling = model.config, _scaling(scaling, scaling.get('rope_type', scaling.get('type')), model.config.max_seq_len)
+    kind, factor = scaling['rope_type'], scaling['factor']
     if c.position != 'rope': raise ValueError(f'the model has position={c.position!r}: there is no rotation to stretch')
     inv = scale_rope(c.head_dim, factor, kind, scaling.get('original_max_position_embeddings'), c.rope_theta)
     cos, sin = rope_table(inv, c.max_seq_len, yarn_attention_factor(factor) if kind == 'yarn' else 1.)
@@ -240,6 +248,7 @@ def _window(values: dict, family: str, n_layer: int) -> dict:
     if size is None or family == 'llama' or family != 'mistral' and not values.get('use_sliding_window', False): return {}
     if family == 'mistral': return {'window': size}
     kinds = values.get('layer_types') or ['full_attention' if i < values.get('max_window_layers', 28) else 'sliding_attention' for i in range(n_layer)]
+    if len(kinds) != n_layer or not set(kinds) <= {'full_attention', 'sliding_attention'}: raise ValueError(f'layer_types is {str(kinds)[:80]}: for each of {n_layer} layers full_attention or sliding_attention must stand there')
     whole = [i for i, k in enumerate(kinds) if k == 'full_attention']
     if len(whole) == n_layer: return {}
     every = whole[0] + 1 if whole else None
@@ -272,16 +281,17 @@ def config_from_hf(
     if not isinstance(family, str) or family not in FAMILIES: raise ValueError(f'model_type is {family!r}: only {", ".join(FAMILIES)} can be read' + (', and the code that the folder brings along is never run' if 'auto_map' in values else ''))
     if values.get('quantization_config'): raise ValueError('the weights are quantised (quantization_config): load the folder with transformers, call dequantize() and save it again')
     defaults = dict(rms_norm_eps=1e-6, layer_norm_epsilon=1e-5, initializer_range=.02, tie_word_embeddings=family == 'gpt2')
-    sizes = _GPT2_SIZES if family == 'gpt2' else _SIZES
-    optional = ('n_inner', 'head_dim', 'num_key_value_heads')
+    sizes, optional = _GPT2_SIZES if family == 'gpt2' else _SIZES, ('n_inner', 'head_dim', 'num_key_value_heads')
     try:
         own = {ours: (defaults | values)[theirs] for ours, theirs in sizes.items() if theirs not in optional} | {ours: values.get(theirs) for ours, theirs in sizes.items() if theirs in optional}
+        whole = [theirs for ours, theirs in sizes.items() if ours not in ('norm_eps', 'init_std', 'tie_embeddings') and (own[ours] is not None or theirs not in optional)]
+        if wrong := [k for k in whole if type(values[k]) is not int or values[k] < 1]: raise ValueError(f'{wrong[0]} is {repr(values[wrong[0]])[:40]}, where a positive whole number must stand')
         more = _gpt2_values(values) if family == 'gpt2' else _llama_values(values, family)
         if more.get('rope_theta') and not allow_stretched and (s := _rope(values)[1]): raise ValueError(f'RoPE is stretched ({s["rope_type"]}): from_hf reads such a model')
         if own['max_seq_len'] > 1 << 21: raise ValueError(f'a context of {own["max_seq_len"]:,} needs tables of positions that do not fit: lower it in config.json to 2,097,152 or less')
         return GPTConfig(**own, **more)
     except KeyError as e: raise ValueError(f'{e.args[0]} is missing') from None
-    except TypeError as e: raise ValueError(f'a value has the wrong type ({e})') from None
+    except (TypeError, OverflowError) as e: raise ValueError(f'a value has the wrong type or size ({e})') from None
 
 # %% ../nbs/13b_huggingface.ipynb #fa92cdf4
 def _transposed(theirs: str, ours: Sequence[str]) -> bool: return '.h.' in theirs and ours[0].endswith('_proj.weight')     # Conv1D of GPT-2
@@ -367,18 +377,17 @@ def _new_folder(path: Path) -> Iterator[Path]:
     tmp.mkdir(parents=True)
     try:
         yield tmp
-        for p in tmp.iterdir(): _flush(p)
+        for p in (*tmp.iterdir(), tmp): _sync(p)
         try: os.rename(tmp, path)
-        except OSError as e: raise FileExistsError(f'{path} was written by somebody else meanwhile') from e
+        except OSError as e:
+            if path.exists(): raise FileExistsError(f'{path} was written by somebody else meanwhile: choose another name') from e
+            raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
-
-def _flush(path: Path) -> None:
-    with open(path, 'rb+') as f: os.fsync(f.fileno())
 
 # %% ../nbs/13b_huggingface.ipynb #8adbae25
 def _json(path: Path) -> dict:
     try: content = json.loads(path.read_text('utf-8'))
-    except FileNotFoundError: raise FileNotFoundError(f'{path} does not exist: a model folder has one') from None
+    except (FileNotFoundError, NotADirectoryError): raise FileNotFoundError(f'{path} does not exist: a model folder has one') from None
     except (ValueError, RecursionError) as e: raise ValueError(f'{path} is not JSON ({e}): it is damaged') from None
     if not isinstance(content, dict): raise ValueError(f'{path} is not a JSON object: it is damaged')
     return content
@@ -418,9 +427,14 @@ _BUFFERS = re.compile(r'.*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')      
 def _find(stored: dict[str, StoredTensor], names: dict[str, tuple[str, ...]], config: GPTConfig, folder: Path) -> dict[str, StoredTensor]:
     "Their names as `hf_names` has them -> tensors. Raises `ValueError` listing what is missing, left over, or of another shape."
     prefix = next(iter(names)).split('.')[0] + '.'                                        # 'transformer.' or 'model.'
-    full = {prefix + n if prefix + n in names else n: t for n, t in stored.items() if not _BUFFERS.match('.' + n)}
+    full: dict[str, StoredTensor] = {}
+    for stored_as, t in stored.items():
+        n = prefix + stored_as if prefix + stored_as in names else stored_as
+        if n in full: raise ValueError(f'{folder} has {n} twice, with and without {prefix!r} in front: only one can be right')
+        if not _BUFFERS.match('.' + stored_as): full[n] = t
     spare = {'lm_head.weight'} if config.tie_embeddings else set()
     if missing := sorted(set(names) - set(full)): raise ValueError(f'{folder} lacks {_some(missing)}: its config.json asks for them')
+    if whole := sorted(n for n in names if not full[n].dtype.is_floating_point): raise ValueError(f'{folder} has whole numbers in {_some(whole)}: quantised weights must be converted first')
     if left := sorted(set(full) - set(names) - spare): raise ValueError(f'{folder} has tensors that this model has no place for: {_some(left)}')
     shapes = _shapes(config)
     for n, ours in names.items():
@@ -463,6 +477,7 @@ def _read_tokenizer(folder: Path) -> Tokenizer|None:
     except ValueError as ours:
         try: return HFTokenizer.from_file(folder/'tokenizer.json')
         except ImportError: raise ours from None
+    except Exception as e: raise ValueError(f'{folder}/tokenizer.json cannot be read: {e}') from None     # what the library raises has no better class
 
 def _read_template(folder: Path) -> tuple[ChatTemplate|None, dict[str, str]]:
     "The chat template and the tokens with a role."
@@ -471,7 +486,9 @@ def _read_template(folder: Path) -> tuple[ChatTemplate|None, dict[str, str]]:
     special, source = {k: v for k, v in tokens.items() if isinstance(v, str)}, values.get('chat_template')
     if isinstance(source, list): source = next((t.get('template') for t in source if isinstance(t, dict) and t.get('name') == 'default'), None)
     if source is not None and not isinstance(source, str): raise ValueError(f'{folder}/tokenizer_config.json: its chat_template is no text')
-    if (folder/'chat_template.jinja').is_file(): source = (folder/'chat_template.jinja').read_text('utf-8')
+    if (at := folder/'chat_template.jinja').is_file():
+        try: source = at.read_text('utf-8')
+        except UnicodeDecodeError as e: raise ValueError(f'{at} is not UTF-8 ({e.reason}): it is damaged') from None
     return (ChatTemplate(source, special) if source else None), special
 
 def _end_tokens(folder: Path, values: dict, tokenizer: Tokenizer|None, special: dict[str, str]) -> tuple[int, ...]:

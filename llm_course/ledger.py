@@ -25,7 +25,7 @@ from .evaluation import bits_per_byte, token_nats
 from .generation import SamplingConfig, generate_text
 from .gpt import GPT, GPTConfig
 from .optimizers import EMA, smoothed_loss
-from .pretraining import TrainConfig, Trainer, read_log
+from .pretraining import TrainConfig, Trainer
 from .scaling import PeakBytes, checkpoint_activations, chunked_loss
 from .speedrun import Recipe, build, change
 from .tokenization import BPETokenizer, Tokenizer
@@ -44,6 +44,8 @@ class Setting(Recipe):
     stride: int|None = None       # new tokens a window when it is judged; default all of them
 
     def __post_init__(self):
+        T = self.train.seq_len or self.model.max_seq_len
+        if self.stride is not None and not 1 <= self.stride <= T: raise ValueError(f'stride={self.stride}: new tokens a window must be from 1 to its length {T}')
         if self.chunk and (self.label_smoothing or self.z_loss): raise ValueError(f'chunk={self.chunk} goes with the plain loss only: set label_smoothing and z_loss to 0')
 
     def loss_fn(self) -> Any: # for `Trainer`; None is the plain loss
@@ -62,7 +64,7 @@ class LedgerText(NamedTuple):
 def ledger_text(
     train: Sequence[Document],
     val: Sequence[Document],   # held out
-    vocab_size: int = 256      # of a byte-level BPE; 256: plain bytes
+    vocab_size: int = 256      # of a byte-level BPE, its end token not counted; 256: plain bytes
 ) -> LedgerText:
     "Train a tokenizer on the one side and encode both, an end token behind each document."
     tok = BPETokenizer.train([d.text for d in train], vocab_size + 1)                # and one for <|endoftext|>
@@ -153,7 +155,7 @@ def judge(
     stride: int|None = None # new tokens a window; default seq_len: windows side by side
 ) -> tuple[float, float]: # nats a token, bits a byte
     "What a model makes of the whole held-out text."
-    nats = token_nats(model, text.val, seq_len, stride or seq_len)
+    nats = token_nats(model, text.val, seq_len, seq_len if stride is None else stride)
     return nats.mean().item(), bits_per_byte(nats.sum().item(), text.n_bytes)
 
 # %% ../nbs/12c_ledger.ipynb #536ad158
@@ -171,7 +173,7 @@ def run_setting(
     model, log = train_setting(setting, text, seed, progress)
     nats, bits = judge(model, text, T, setting.stride)
     times = np.diff([r['seconds'] for r in log]) if len(log) > 1 else [log[0]['seconds']]
-    sample = generate_text(model, text.tokenizer, prompt, 60 if setting.tokens == 'bpe' else 150, config=SamplingConfig(temperature=.7), generator=torch.Generator().manual_seed(0))
+    sample = generate_text(model, text.tokenizer, prompt, max(1, round(150 * len(text.val) / text.n_bytes)), config=SamplingConfig(temperature=.7), generator=torch.Generator().manual_seed(0))
     return Entry(page, name, seed, round(bits, 5), base, aim, round(nats, 5), sum(p.numel() for p in model.parameters()), training_bytes(setting, text),
                  log[-1]['tokens'], round(log[0]['tokens'] / statistics.median(times)), _thin(log), prompt + sample,
                  json.loads(json.dumps(dataclasses.asdict(change(setting, seed=seed)))), _made_with(text))
@@ -182,7 +184,15 @@ def _refuse(old: Entry, new: Entry, *names: str) -> None:
         if name == 'setting': return {**e.setting, 'train': {**e.setting.get('train', {}), 'seed': None}}
         return e.made_with.get('text') if name == 'text' else getattr(e, name)
     for name in names:
-        if (a := pick(old, name)) != (b := pick(new, name)): raise ValueError(f'{new.name!r} with seed {new.seed} does not go with {old.name!r} in the ledger: its {name} is {b!r} and was {a!r} there')
+        if (a := pick(old, name)) == (b := pick(new, name)): continue
+        if isinstance(a, dict): a, b = _apart(a, b)
+        raise ValueError(f'{new.name!r} with seed {new.seed} does not go with {old.name!r} in the ledger: its {name} is {b!r} and was {a!r} there. Give the line another name, or use another ledger')
+
+def _apart(a: dict, b: dict) -> tuple[dict, ...]: # what is only in the one, and only in the other
+    "The entries in which two dictionaries differ, nested ones included."
+    keys = [k for k in {**a, **b} if a.get(k) != b.get(k)]
+    inner = {k: _apart(a[k], b[k]) for k in keys if isinstance(a.get(k), dict) and isinstance(b.get(k), dict)}
+    return tuple({k: inner[k][i] if k in inner else side.get(k) for k in keys} for i, side in enumerate((a, b)))
 
 # %% ../nbs/12c_ledger.ipynb #5fa09f9a
 class Ledger:
@@ -209,7 +219,7 @@ class Ledger:
     ) -> None:
         "Append. Raises `ValueError` for a run that is there, or does not fit what is there; `KeyError` for a base that is not."
         if (entry.name, entry.seed) in self: raise ValueError(f'{entry.name!r} with seed {entry.seed} is in the ledger: a line is never replaced, give the new one another name')
-        if entry.base is not None: self.of(entry.base)
+        if entry.base is not None and entry.seed not in [e.seed for e in self.of(entry.base)]: raise ValueError(f'{entry.name!r} has seed {entry.seed}, its base {entry.base!r} has not: run the base with it first')
         for e in self.entries:
             if e.name == entry.name: _refuse(e, entry, 'page', 'base', 'aim', 'setting')
             if 'tokens' in e.setting and e.setting['tokens'] == entry.setting.get('tokens'): _refuse(e, entry, 'text')
@@ -278,7 +288,8 @@ def climb(
     prompt: str = 'The ',              # of the samples
     progress: bool = False             # show a bar
 ) -> tuple[str, Setting]: # the last line that was kept, and its setting
-    "Try moves in their order, each on the best so far; runs in the ledger are not repeated. Raises `ValueError` if the ledger's run was made differently."
+    "Try moves in their order, each on the best so far; runs in the ledger are not repeated. Raises `ValueError` if the ledger's run was made differently, or for a number of seeds that the rule cannot judge."
+    if seeds and not 2 <= len(seeds) <= 10: raise ValueError(f'{len(seeds)} seeds: the rule needs 2 to 10, with one nothing can be kept')
     best, setting = None, start
     for move in tqdm([Move(page, name, {}), *moves], 'moves') if progress else [Move(page, name, {}), *moves]:
         tried = change(setting, **move.changes)
@@ -328,16 +339,19 @@ def race_settings(
     progress: bool = False  # show a bar
 ) -> dict[str, float]: # tokens a second, median over the rounds
     "Speed of training, the settings taking turns, so that a slow minute of the machine hurts all of them."
-    trainers = {}
+    trainers, averages = {}, {}
     for name, s in settings.items():
         model, text = checkpoint_activations(build(s), 1 if s.recompute else None), texts[s.tokens]
         trainers[name] = Trainer(model, text.train, text.val, s.train, 'no folder is written', loss_fn=s.loss_fn())
+        averages[name] = EMA(model, s.ema) if s.ema is not None else None
         trainers[name].train_step()                                                   # allocations, the state of the optimizer
     seconds = {name: [] for name in settings}
     for _ in tqdm(range(rounds), 'rounds') if progress else range(rounds):
         for name, t in trainers.items():
             start = time.perf_counter()
-            for _ in range(steps): t.train_step()
+            for _ in range(steps):
+                t.train_step()
+                if averages[name]: averages[name].update(t.model)
             seconds[name].append((time.perf_counter() - start) / steps)
     tokens = {name: t.config.batch_size * t.config.accumulate * t.seq_len for name, t in trainers.items()}
     return {name: tokens[name] / statistics.median(seconds[name]) for name in settings}
@@ -367,7 +381,7 @@ Ledger._repr_markdown_ = ledger_table
 # %% ../nbs/12c_ledger.ipynb #014ae7a3
 def plot_ledger(
     ledger: Ledger,
-    names: Sequence[str], # of the lines to draw, in order; the first is the start
+    names: Sequence[str], # of the lines to draw, in order
     ax: Any = None        # a matplotlib axis; default a new one
 ) -> Any: # the axis
     "The climb as a staircase: each line at the bits a byte that it leads to, with the interval of its difference; what was dropped is hollow."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'COMMANDS', 'WITH_CHECKPOINT', 'corpus_key', 'StaleError', 'step', 'RunConfig', 'config_path', 'default_config',
            'load_config', 'Prepared', 'prepare', 'pretrain', 'verdict', 'samples', 'normal', 'run', 'generate_command',
-           'chat_command', 'main']
+           'chat_command', 'adapt_command', 'main']
 
 # %% ../nbs/26_pipeline.ipynb #a824de6b
 import dataclasses, functools, hashlib, inspect, json, logging, os, shlex, shutil, sys, time
@@ -20,13 +20,14 @@ from fastcore.docments import docments
 
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
 from .benchmarks import SandboxError, eval_command, evaluation_report
-from .corpus import prepare_corpus   # with it come its sources
+from .continued import QUESTIONS, Forgetting, continue_pretraining, gentle_config, snapshot, split_pages
+from .corpus import prepare_corpus, strip_wiki   # with it come its sources
 from .debugging import Diagnosis, check_folder
 from .core import Budget, DeviceError, Document, atomic_write, generator, pick_device, read_documents, tier
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text
 from .gpt import GPT, GPTConfig, count_params, flops_per_token
-import llm_course.huggingface   # with it load_pretrained reads folders of Hugging Face
+from .huggingface import save_hf   # with it load_pretrained reads folders of Hugging Face
 from .pretrained import Chat, chat_loop, load_pretrained
 from .pretraining import (BigramModel, CheckpointError, DivergedError, Evaluation, TrainConfig, Trainer, UniformModel,
                                     evaluate, find_checkpoint, list_checkpoints, load_checkpoint, plot_run, read_log)
@@ -389,6 +390,45 @@ def chat_command(
     sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()) / 1e6:.1f} M parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
     chat_loop(Chat(p, system, SamplingConfig(temperature, top_p=top_p), seed, max_new_tokens), input if sys.stdin.isatty() else _read_line)
 
+# %% ../nbs/26_pipeline.ipynb #d7dc16b1
+def _say(text: str) -> None: print(text, flush=True)
+
+def _some_pages(name: str, most: int, share: float) -> tuple[list[Document], list[Document]]:
+    "The documents of a corpus or file, without the markup of Wikipedia; some pages of them held out, at most `most`."
+    docs = [Document(d.name, strip_wiki(d.text)) if name == 'wikipedia' else d for d in read_documents(name)]
+    return split_pages(docs, share=min(share, most / sum(-(-len(d.text) // 1500) for d in docs)))
+
+# %% ../nbs/26_pipeline.ipynb #64343fa7
+def adapt_command(
+    data: str,                            # a text file, a folder of them, or the name of a corpus
+    model: str = 'smollm2-135m-instruct', # as for chat
+    out: str = 'adapted',                 # folder for the run and the new model; a run that was broken off there goes on
+    keep: str|None = 'wikipedia',         # a text, given like data, that the model should not forget; null: none
+    max_steps: int = 60,                  # steps of training
+    batch_size: int = 1,                  # rows of a step
+    seq_len: int|None = None,             # tokens of a row; default: 256, or what the model can read
+    lr: float = 3e-5,                     # the highest learning rate
+    replay_share: float|None = None,      # share of the rows that come from the text to keep; default: a quarter if there is one
+    max_forgetting: float|None = None,    # stop when the text to keep got worse by this many nats a token
+    seed: int = 0,                        # another order of the text
+    device: str|None = None               # cpu, cuda or mps
+) -> None:
+    "Let a model read more text, say what it gained and forgot, and write it in the layout of Hugging Face."
+    goal, device = Path(out)/'model', pick_device(device)
+    if goal.exists(): raise FileExistsError(f'{goal} exists already: choose another --out, or remove it')
+    if replay_share is None: replay_share = .25 if keep else 0.
+    if (replay_share or max_forgetting is not None) and not keep: raise ValueError(f'replay_share={replay_share} and max_forgetting={max_forgetting} need a text that should be kept: name one with --keep')
+    (train, held), (old, kept) = _some_pages(data, 40, .15), _some_pages(keep, 15, .15) if keep else ([], [])
+    p = load_pretrained(model, torch.float32, device)
+    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=seq_len or min(256, p.model.config.max_seq_len), seed=seed)
+    texts, questions = {f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {}), QUESTIONS if p.chat_template else ()
+    _say(f'{p.name} reads {sum(len(d.text) for d in train):,} characters, {max_steps} steps of {batch_size} x {config.seq_len} tokens; {len(held)} pages are held out')
+    before = snapshot(p, texts, questions, progress=True)
+    done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device)
+    report = Forgetting(before, snapshot(p, texts, questions, progress=True))
+    _say(str(report) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
+    _say(f'Written to {save_hf(done.pretrained, None, goal)}. Talk to it: {_command("llm-course")} chat --model {shlex.quote(str(goal))}')
+
 # %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
@@ -404,6 +444,7 @@ COMMANDS = {'data': ('fetch a corpus and say what is in it', _data_command),
             'run': ('all of it, with a picture, an evaluation and samples', run)}
 WITH_CHECKPOINT = {'generate': ('continue a text with a trained model', generate_command),
                   'chat': ('talk with a model in the terminal', chat_command),
+                  'adapt': ('let a model read more text of yours', adapt_command),
                   'eval': ('measure a trained model, and write a report', _eval_command)}
 
 def _parser() -> Any:
@@ -420,8 +461,6 @@ def _parser() -> Any:
     return parser
 
 # %% ../nbs/26_pipeline.ipynb #8fb56b11
-def _say(text: str) -> None: print(text, flush=True)
-
 def main(
     argv: Sequence[str]|None = None # default: the arguments of the process
 ) -> int: # exit status: 0, 1 for an error, 130 after Ctrl-C

@@ -9,7 +9,7 @@ __all__ = ['LAYOUTS', 'ARCHITECTURES', 'PRETOKENIZERS', 'END_TOKENS', 'LOADERS',
            'chat_loop']
 
 # %% ../nbs/13_pretrained.ipynb #978ba9c1
-import difflib, functools, json, math, mmap, os, struct, subprocess, sys, threading, time
+import difflib, functools, json, math, mmap, os, struct, subprocess, sys, threading, time, weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -27,7 +27,7 @@ from .generation import SamplingConfig, generate_stream
 from .gpt import GPT, GPTConfig, count_params
 from .positions import interleaved_to_half
 from .pretraining import find_checkpoint, load_checkpoint
-from .tokenization import TOKENIZER_KINDS, BPETokenizer, Tokenizer
+from .tokenization import CL100K_PATTERN, DIGITS_PATTERN, GPT2_PATTERN, TOKENIZER_KINDS, BPETokenizer, Tokenizer, _split_step
 
 # %% ../nbs/13_pretrained.ipynb #74dfea78
 class GGUFError(ValueError):
@@ -71,6 +71,8 @@ LAYOUTS: dict[str, tuple[int, np.dtype]] = {kind: (n, np.dtype(fields)) for kind
     ('BF16', 1,   [('x', '<u2')]),
     ('Q4_0', 32,  [('d', '<f2'), ('q', 'u1', 16)]),
     ('Q4_1', 32,  [('d', '<f2'), ('m', '<f2'), ('q', 'u1', 16)]),
+    ('Q5_0', 32,  [('d', '<f2'), ('h', '<u4'), ('q', 'u1', 16)]),
+    ('Q5_1', 32,  [('d', '<f2'), ('m', '<f2'), ('h', '<u4'), ('q', 'u1', 16)]),
     ('Q8_0', 32,  [('d', '<f2'), ('q', 'i1', 32)]),
     ('Q4_K', 256, [('d', '<f2'), ('m', '<f2'), ('s', 'u1', 12), ('q', 'u1', 128)]),
     ('Q5_K', 256, [('d', '<f2'), ('m', '<f2'), ('s', 'u1', 12), ('h', 'u1', 32), ('q', 'u1', 128)]),
@@ -87,11 +89,14 @@ def _halves(q: np.ndarray) -> np.ndarray:
     x[..., :k], x[..., k:] = q & 15, q >> 4
     return x
 
-def _q4_0(b: np.ndarray) -> np.ndarray:
-    x = _halves(b['q']); x -= 8; x *= _float(b['d'], 1); return x
-
-def _q4_1(b: np.ndarray) -> np.ndarray:
-    x = _halves(b['q']); x *= _float(b['d'], 1); x += _float(b['m'], 1); return x
+def _q45(b: np.ndarray) -> np.ndarray:
+    "Q4_0 and Q5_0 have a scale, Q4_1 and Q5_1 a scale and a minimum; the fifth bits of Q5 are one number of 32 bits."
+    x, five, low = _halves(b['q']), 'h' in b.dtype.names, 'm' in b.dtype.names
+    if five: x += (b['h'][:, None] >> np.arange(32, dtype=np.uint32) & 1) * np.float32(16)
+    if not low: x -= 16 if five else 8
+    x *= _float(b['d'], 1)
+    if low: x += _float(b['m'], 1)
+    return x
 
 def _q8_0(b: np.ndarray) -> np.ndarray: return _float(b['q']) * _float(b['d'], 1)
 
@@ -120,7 +125,7 @@ def _q6_k(b: np.ndarray) -> np.ndarray:
     return x
 
 _UNPACK = {'F32': lambda b: _float(b['x']), 'F16': lambda b: _float(b['x']), 'BF16': lambda b: (b['x'].astype(np.uint32) << 16).view(np.float32),
-           'Q4_0': _q4_0, 'Q4_1': _q4_1, 'Q8_0': _q8_0, 'Q4_K': _q45_k, 'Q5_K': _q45_k, 'Q6_K': _q6_k}
+           'Q4_0': _q45, 'Q4_1': _q45, 'Q5_0': _q45, 'Q5_1': _q45, 'Q8_0': _q8_0, 'Q4_K': _q45_k, 'Q5_K': _q45_k, 'Q6_K': _q6_k}
 
 # %% ../nbs/13_pretrained.ipynb #60af8acd
 def dequantize(
@@ -134,7 +139,7 @@ def dequantize(
     return _UNPACK[kind](data.reshape(-1).view(layout)).reshape(*data.shape[:-1], -1)
 
 # %% ../nbs/13_pretrained.ipynb #7950a2e3
-_KINDS = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 8: 'Q8_0', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K', 30: 'BF16'}  # number in the file -> name
+_KINDS = {0: 'F32', 1: 'F16', 2: 'Q4_0', 3: 'Q4_1', 6: 'Q5_0', 7: 'Q5_1', 8: 'Q8_0', 12: 'Q4_K', 13: 'Q5_K', 14: 'Q6_K', 30: 'BF16'}  # number in the file -> name
 
 class TensorInfo(NamedTuple):
     "What the header says about a tensor."
@@ -191,10 +196,11 @@ def _read_header(self: GGUF, c: _Cursor) -> None:
 def _place_tensors(self: GGUF, c: _Cursor) -> None:
     align = self.metadata.get('general.alignment', 32)
     if type(align) is not int or align < 1 or align & align - 1: raise GGUFError(f'{c.name}: general.alignment={align!r} is no power of two: the file is damaged')
-    start, size = -(-c.at // align) * align, len(self._map)
-    for name, info in self.tensors.items():
-        self.tensors[name] = info._replace(offset=start + info.offset)
-        if (end := start + info.offset + info.n_bytes) > size:
+    start, end, size = -(-c.at // align) * align, 0, len(self._map)
+    for name, info in sorted(self.tensors.items(), key=lambda item: item[1].offset):
+        if (at := start + info.offset) < end: raise GGUFError(f'{c.name}: {name} begins at byte {at:,}, inside of another tensor, which ends at {end:,}: the file is damaged')
+        self.tensors[name] = info._replace(offset=at)
+        if (end := at + info.n_bytes) > size:
             raise GGUFError(f'{c.name} is cut off: {name} should end at byte {end:,}, and the file ends at {size:,}: fetch it again')
 
 # %% ../nbs/13_pretrained.ipynb #dbaaed20
@@ -232,17 +238,19 @@ ARCHITECTURES: dict[str, dict] = {        # general.architecture -> what it fixe
 def _scaled_rope(file: GGUF, arch: str) -> str|None:
     "Why the rotations of this file are not plain RoPE, if they are not."
     for key, value in file.metadata.items():
-        if key.startswith(f'{arch}.rope.scaling.') and value not in ('none', 1., 0): return f'{key}={value!r}'
+        if key.startswith((f'{arch}.rope.scaling.', f'{arch}.rope.scale_linear')) and value not in ('none', 1., 0): return f'{key}={value!r}'
     return 'the tensor rope_freqs.weight' if 'rope_freqs.weight' in file.tensors else None
 
 def _check_plain(file: GGUF, arch: str, get: Callable) -> None:
     name, d = file.path.name, get('attention.key_length', get('embedding_length') // get('attention.head_count'))
     if why := _scaled_rope(file, arch): raise GGUFError(f'{name} stretches its rotations ({why}), which GPTConfig cannot express: take a model without RoPE scaling')
     if n := file.metadata.get(f'{arch}.expert_count'): raise GGUFError(f'{name} is a mixture of {n} experts, and GPT has one MLP a block')
+    if n := file.metadata.get(f'{arch}.attention.sliding_window'): raise GGUFError(f'{name} lets each position see {n} others only (a sliding window), which is not read here')
+    if file.metadata.get(f'{arch}.attention.causal', True) is not True: raise GGUFError(f'{name} sees the future (attention.causal is not true): it is an encoder, and GPT writes from left to right')
     if (n := get('rope.dimension_count', d)) != d: raise GGUFError(f'{name} turns {n} of the {d} features of a head, and GPT turns all')
     if (n := get('attention.value_length', d)) != d: raise GGUFError(f'{name} has values of size {n} and keys of size {d}, and GPT has one size for both')
     if 'token_embd.weight' not in file.tensors: raise GGUFError(f'{name} has no tensor token_embd.weight: it holds no whole model')
-    if (n := get('context_length')) > 1 << 24: raise GGUFError(f'{name} speaks of a context of {n:,} tokens, for which no table of rotations would fit')
+    if (n := get('context_length')) * d > 1 << 28: raise GGUFError(f'{name} speaks of a context of {n:,} tokens for heads of {d}: their table of rotations would take {4 * n * d / 2**30:,.1f} GiB, and more than 1 GiB is refused')
 
 # %% ../nbs/13_pretrained.ipynb #576342aa
 def gguf_config(
@@ -250,7 +258,7 @@ def gguf_config(
 ) -> GPTConfig:
     "The `GPTConfig` that the metadata describe. Raises `GGUFError` for an architecture, a missing key or a variant that `GPT` cannot express."
     m, arch = file.metadata, file.metadata.get('general.architecture')
-    if arch not in ARCHITECTURES: raise GGUFError(f'{file.path.name}: the architecture {arch!r} is not known here: choose a model of {", ".join(ARCHITECTURES)}')
+    if str(arch) not in ARCHITECTURES: raise GGUFError(f'{file.path.name}: the architecture {arch!r} is not known here: choose a model of {", ".join(ARCHITECTURES)}')
     def get(key: str, *default: Any) -> Any:
         if f'{arch}.{key}' not in m and not default: raise GGUFError(f'{file.path.name} has no {arch}.{key}: it holds no whole model')
         value = m.get(f'{arch}.{key}', *default)
@@ -265,10 +273,8 @@ def gguf_config(
     except ValueError as e: raise GGUFError(f'{file.path.name} describes no model: {e}') from None
 
 # %% ../nbs/13_pretrained.ipynb #f350ec4f
-_BYTE_LEVEL = {'type': 'ByteLevel', 'add_prefix_space': False, 'trim_offsets': True, 'use_regex': True}
-PRETOKENIZERS: dict[str, dict] = { # tokenizer.ggml.pre -> how a tokenizer.json says it
-    'gpt-2': _BYTE_LEVEL,
-    'smollm': {'type': 'Sequence', 'pretokenizers': [{'type': 'Digits', 'individual_digits': True}, _BYTE_LEVEL]}}
+PRETOKENIZERS: dict[str, str] = { # tokenizer.ggml.pre -> the pattern that cuts text
+    'gpt-2': GPT2_PATTERN, 'smollm': DIGITS_PATTERN, 'llama-bpe': CL100K_PATTERN, 'qwen2': CL100K_PATTERN.replace('{1,3}', '')}
 
 def gguf_tokenizer(
     file: GGUF,                 # an open file
@@ -278,14 +284,18 @@ def gguf_tokenizer(
     m = file.metadata
     kind, pre = m.get('tokenizer.ggml.model'), m.get('tokenizer.ggml.pre')
     if kind != 'gpt2': raise GGUFError(f"{file.path.name} has a tokenizer of the kind {kind!r}: only byte-level BPE ('gpt2') is read here")
-    if pre not in PRETOKENIZERS: raise GGUFError(f'{file.path.name} cuts text as {pre!r}, and known are {", ".join(PRETOKENIZERS)}')
+    if str(pre) not in PRETOKENIZERS: raise GGUFError(f'{file.path.name} cuts text as {pre!r}, and known are {", ".join(PRETOKENIZERS)}')
     tokens, kinds, merges = (m.get(f'tokenizer.ggml.{key}', []) for key in ('tokens', 'token_type', 'merges'))
     if not all(isinstance(x, list) for x in (tokens, kinds, merges)): raise GGUFError(f'{file.path.name} has a tokenizer that cannot be read: tokens, kinds and merges must be lists')
+    if len(kinds) != len(tokens): raise GGUFError(f'{file.path.name} has {len(tokens):,} tokens and says of {len(kinds):,} what kind they are: without that, special tokens cannot be told from text')
+    if len(set(tokens)) < len(tokens): raise GGUFError(f'{file.path.name} has a token twice in its vocabulary: the file is damaged')
     special = [{'id': i, 'content': t, 'special': True} for i, (t, k) in enumerate(zip(tokens, kinds)) if k in (3, 4)]   # control, user-defined
-    data = {'added_tokens': special, 'pre_tokenizer': PRETOKENIZERS[pre],
-            'model': {'type': 'BPE', 'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': merges}}
+    data = {'added_tokens': special, 'pre_tokenizer': _split_step(PRETOKENIZERS[pre]),
+            'model': {'type': 'BPE', 'vocab': {t: i for i, t in enumerate(tokens)}, 'merges': merges, 'ignore_merges': pre == 'llama-bpe'}}
     try: return TOKENIZER_KINDS['BPE'](data, missing_bytes=missing_bytes)
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e: raise GGUFError(f'{file.path.name} has a tokenizer that cannot be read: {e}') from None
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as e:
+        why = f'{e.args[0]!r} is no token' if isinstance(e, KeyError) else e
+        raise GGUFError(f'{file.path.name} has a tokenizer that cannot be read: {why}') from None
 
 # %% ../nbs/13_pretrained.ipynb #9e720495
 _NAMES = {'token_embd': 'embed', 'output_norm': 'norm', 'output': 'head', 'attn_norm': 'norm1', 'ffn_norm': 'norm2',
@@ -309,8 +319,9 @@ class _NoInit(TorchFunctionMode):
 
 # %% ../nbs/13_pretrained.ipynb #76f00ea1
 def _check_names(want: Iterable[str], got: Iterable[str], source: str) -> None:
-    for what, names in (('lacks', set(want) - set(got)), ('has tensors that this model has no place for,', set(got) - set(want))):
-        if names: raise ValueError(f'{source} {what} {", ".join(sorted(names)[:8])}' + (f' and {len(names) - 8} more' if len(names) > 8 else ''))
+    wrong = ('lacks', set(want) - set(got)), ('has tensors that this model has no place for,', set(got) - set(want))
+    said = [f'{what} {", ".join(sorted(names)[:8])}' + (f' and {len(names) - 8} more' if len(names) > 8 else '') for what, names in wrong if names]
+    if said: raise ValueError(f'{source} {"; it ".join(said)}')
 
 def build_model(
     config: GPTConfig,                            # the shape
@@ -346,14 +357,16 @@ def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False)
 env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
 env.filters['tojson'] = tojson
 env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
-template = env.from_string('')
+source = template = None
 for line in sys.stdin:
     job = json.loads(line)
-    if resource: resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job['seconds']) + 1, -1))
+    if resource:
+        try: resource.setrlimit(resource.RLIMIT_CPU, (int(time.process_time() + job['seconds']) + 1, resource.getrlimit(resource.RLIMIT_CPU)[1]))
+        except ValueError: pass                                         # a lower limit is in force already
     try:
-        if 'source' in job: template = env.from_string(job['source'])
+        if job['source'] != source: template = env.from_string(job['source']); source = job['source']
         answer = {'text': template.render(job['names'])}
-        if len(answer['text']) > job['longest']: answer = {'error': 'a text of %d characters, more than it may write' % len(answer['text'])}
+        if len(answer['text']) > job['longest']: answer = {'error': 'a text of %d characters, and it may write %d' % (len(answer['text']), job['longest'])}
     except Exception as e: answer = {'error': type(e).__name__ + ': ' + str(e)[:300]}
     print(json.dumps(answer), flush=True)
 '''
@@ -362,14 +375,13 @@ for line in sys.stdin:
 _WORKERS: dict[tuple[int, str], subprocess.Popen] = {}                       # by process and template
 _ONE_AT_A_TIME = threading.Lock()
 
-def _worker(source: str, job: dict) -> subprocess.Popen:
-    "The process that renders this template; a new one is told the source with its first job."
+def _worker(source: str) -> subprocess.Popen:
+    "The process that renders this template."
     key = os.getpid(), source
     if key not in _WORKERS or _WORKERS[key].poll() is not None:
         while len(_WORKERS) > 3: _WORKERS.pop(next(iter(_WORKERS))).kill()
         _WORKERS[key] = subprocess.Popen([sys.executable, '-P', '-c', _RENDERER], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                          stderr=subprocess.DEVNULL, text=True, encoding='utf-8', start_new_session=True)
-        job['source'] = source
     return _WORKERS[key]
 
 # %% ../nbs/13_pretrained.ipynb #75544769
@@ -377,11 +389,11 @@ class ChatTemplateError(ValueError):
     "A chat template that is broken, hostile, or refuses these messages."
 
 def _rendered(source: str, names: dict, seconds: float) -> str:
-    job = {'names': names, 'seconds': seconds, 'longest': 1 << 22}
+    job = {'source': source, 'names': names, 'seconds': seconds, 'longest': 1 << 22}
     try: json.dumps(job)
     except (TypeError, ValueError, RecursionError) as e: raise ChatTemplateError(f'the messages are not plain text, numbers and lists ({e})') from None
     with _ONE_AT_A_TIME:
-        worker, line = _worker(source, job), ''
+        worker, line = _worker(source), ''
         timer = threading.Timer(seconds, worker.kill)
         timer.start()
         try:
@@ -391,7 +403,7 @@ def _rendered(source: str, names: dict, seconds: float) -> str:
         finally:
             timer.cancel()
             if not line.endswith('\n'): worker.kill(); worker.wait()         # too late, or Ctrl-C: its answer must not be read as the next one
-    if not line.endswith('\n'): raise ChatTemplateError(f'the chat template did not end within {seconds:g} seconds and 512 MB: it is broken or hostile')
+    if not line.endswith('\n'): raise ChatTemplateError(f'the chat template did not end within {seconds:g} seconds and 512 MB: it is broken or hostile, or this machine is very busy: then give ChatTemplate more seconds')
     if 'error' in (answer := json.loads(line)): raise ChatTemplateError(f'the chat template stopped with {answer["error"]}')
     return answer['text']
 
@@ -446,6 +458,7 @@ def load_gguf(
     config, tokenizer, m = gguf_config(file), gguf_tokenizer(file), file.metadata
     if tokenizer.vocab_size > config.vocab_size:
         raise GGUFError(f'{file.path.name}: the tokenizer has {tokenizer.vocab_size:,} tokens and the embedding {config.vocab_size:,} rows: they do not belong together')
+    if config.n_layer > len(file.tensors): raise GGUFError(f'{file.path.name} describes {config.n_layer:,} blocks and holds {len(file.tensors):,} tensors in all: it holds no whole model')
     want, there = sum(count_params(config).values()), sum(math.prod(i.shape) for i in file.tensors.values())
     if want > 2 * there: raise GGUFError(f'{file.path.name} describes a model of {want:,} parameters and holds {there:,}')
     try: model = build_model(config, {gguf_name(n): functools.partial(_weight, file, n, config, dtype) for n in file.tensors}, device, file.path.name)
@@ -523,6 +536,8 @@ class Chat:
 
     def reset(self) -> None:
         "Forget the conversation, and draw again as at the beginning. The system text stays."
+        if (last := getattr(self, '_open', lambda: None)()) is not None: last.close()
+        self._open: Callable[[], Any] = lambda: None                                 # the answer that is being given
         self.history: list[dict] = []
         self._cache, self._ids, self._generator = ConcatCache(), [], generator(self.seed)
         self.reused, self.complete, self.tokens_per_second = 0, True, 0.            # positions not computed again, whether the answer came to its end, speed
@@ -545,12 +560,16 @@ def ask(
     self: Chat,
     text: str # what the user says
 ) -> Iterator[str]: # pieces of the answer
-    """Answer `text`. The answer joins the history when it is complete, or as far as it was taken. Raises `ValueError` at once for a text that
+    """Answer `text`. Text and answer join the history when the answer is complete, or as far as it was taken; a text whose answer was stopped before its first piece does not. Raises `ValueError` at once for a text that
     does not fit or holds special tokens, and `ChatTemplateError` if the template refuses it."""
+    if (last := self._open()) is not None: last.close()                          # an answer that was not read to its end
     prompt, limit = self._prompt(text), self.pretrained.model.config.max_seq_len
     if len(prompt) >= limit:
-        raise ValueError(f'the conversation has grown to {len(prompt):,} tokens, and this model was trained to read {limit:,}: begin a new one with /reset')
-    return self._answer(text, prompt, min(self.max_new_tokens, limit - len(prompt)))
+        what, do = ('the conversation has grown to', 'begin a new one with /reset') if self.history and self.pretrained.chat_template else ('this text makes', 'shorten it')
+        raise ValueError(f'{what} {len(prompt):,} tokens, and this model was trained to read {limit:,}: {do}')
+    answer = self._answer(text, prompt, min(self.max_new_tokens, limit - len(prompt)))
+    self._open = weakref.ref(answer)
+    return answer
 
 # %% ../nbs/13_pretrained.ipynb #20d75053
 @patch
@@ -567,7 +586,7 @@ def _timed(self: Chat, stream: Iterator[int], ids: list[int]) -> Iterator[int]:
 
 @patch
 def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Iterator[str]:
-    p, answer, ids = self.pretrained, '', list(prompt)
+    p, answer, ids, self.complete = self.pretrained, '', list(prompt), False
     self.reused = _crop(self._cache, min(_common(self._ids, prompt), len(prompt) - 1), p.model.config.n_layer)
     stream = generate_stream(p.model, prompt, n, self.config, p.end_ids, self._generator, cache=self._cache, allowed_ids=p.tokenizer.ids)
     try:
@@ -575,7 +594,7 @@ def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Iterator[str]:
             answer += piece
             yield piece
     finally:
-        if answer: self.history += [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': answer}]
+        if answer or self.complete: self.history += [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': answer}]
         self._ids = ids
 
 # %% ../nbs/13_pretrained.ipynb #9fe6dcc4
@@ -586,14 +605,18 @@ CHAT_HELP = """/reset          forget the conversation
 /help           this list
 /quit           end (so does Ctrl-D); Ctrl-C stops an answer"""
 
+def _number(kind: type, name: str, value: str) -> int|float:
+    try: return kind(value)
+    except ValueError: raise ValueError(f'{name} {value} cannot be done: give {"a whole number" if kind is int else "a number"}, such as {name} 1') from None
+
 def _command(chat: Chat, line: str) -> str:
     "Obey a line that begins with a slash; returns what to say."
     name, _, value = line.strip().partition(' ')
     if name == '/help': return CHAT_HELP
     if name == '/reset': chat.reset(); return 'forgotten'
     if name == '/system': chat.system = value.strip() or None; return f'system: {chat.system}'
-    if name == '/temperature': chat.config = replace(chat.config, temperature=float(value)); return f'temperature: {chat.config.temperature:g}'
-    if name == '/seed': chat._generator, chat.seed = generator(int(value)), int(value); return f'seed: {chat.seed}'
+    if name == '/temperature': chat.config = replace(chat.config, temperature=_number(float, name, value)); return f'temperature: {chat.config.temperature:g}'
+    if name == '/seed': chat._generator, chat.seed = generator(seed := _number(int, name, value)), seed; return f'seed: {chat.seed}'
     raise ValueError(f'{name} is no command: /help lists them')
 
 # %% ../nbs/13_pretrained.ipynb #59551f8e
@@ -608,10 +631,12 @@ def chat_loop(
     while True:
         try:
             if not (line := read('\n> ')).strip(): continue
-            if line.strip() == '/quit': return
+            if line.split()[0] == '/quit': return
             if line.startswith('/'): write(_command(chat, line) + '\n'); continue
             for piece in chat.ask(line): write(piece)
-            write(f'\n[{chat.tokens_per_second:.1f} tokens/s{"" if chat.complete else ", cut off: it had reached the limit"}]\n')
+            full = len(chat._ids) >= chat.pretrained.model.config.max_seq_len
+            cut = '' if chat.complete else ', cut off: ' + ('the conversation is full, /reset begins a new one' if full else f'an answer has at most {chat.max_new_tokens} tokens')
+            write(f'\n[{chat.tokens_per_second:.1f} tokens/s{cut}]\n')
         except EOFError: return
         except KeyboardInterrupt: write('\n(stopped; /quit ends)\n')
         except ValueError as e: write(f'{e}\n')

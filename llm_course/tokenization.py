@@ -36,8 +36,9 @@ class Tokenizer:
         if '' in special_tokens: raise ValueError('a special token cannot be the empty string: name it, for example <|endoftext|>')
         if bad := [i for i in (*tokens, *special_tokens.values()) if type(i) is not int or not 0 <= i < 2**32]:
             raise ValueError(f'{bad[0]!r} is not an id: ids are integers from 0 to 2**32 - 1')
+        times = Counter(special_tokens.values())
         for name, i in special_tokens.items():
-            if i in tokens or list(special_tokens.values()).count(i) > 1:
+            if i in tokens or times[i] > 1:
                 raise ValueError(f'special token {name!r} shares its id {i} with another token: give it an id of its own')
         self.special_tokens = dict(special_tokens)
         self._bytes = tokens | {i: name.encode() for name, i in special_tokens.items()}

@@ -88,7 +88,7 @@ def random_tensors(tok, arch, kind='F32', d=64, head=16, heads=4, kv=2, d_ff=96,
         for name, n in (('attn_norm', d), ('ffn_norm', d), *((('attn_q_norm', head), ('attn_k_norm', head)) if arch == 'qwen3' else ())): out[f'blk.{b}.{name}.weight'] = vector(n)
     return out
 
-@pytest.mark.parametrize('arch, tied, kv, kind', [('llama', True, 2, 'F32'), ('llama', False, 4, 'Q8_0'), ('qwen2', True, 2, 'F32'), ('qwen2', False, 1, 'Q4_0'), ('qwen3', True, 2, 'F32'), ('qwen3', False, 4, 'BF16')])
+@pytest.mark.parametrize('arch, tied, kv, kind', [('llama', True, 2, 'F32'), ('llama', False, 4, 'Q8_0'), ('qwen2', True, 2, 'F32'), ('qwen2', False, 1, 'Q4_0'), ('qwen3', True, 2, 'F32'), ('qwen3', False, 4, 'BF16'), ('llama', True, 2, 'Q5_0'), ('llama', True, 2, 'Q5_1')])
 def test_families_equal_transformers_loading_the_same_file(arch, tied, kv, kind, tok, tmp_path):
     head = 128 if arch == 'qwen3' else 16                                        # transformers reads no other size of a head for Qwen3
     path = write(tmp_path/'m.gguf', arch, random_tensors(tok, arch, kind, head=head, kv=kv, tied=tied), tok, kv=kv, **({'add_key_length': 128, 'add_value_length': 128} if head == 128 else {}))

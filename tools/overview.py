@@ -14,9 +14,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 os.environ.setdefault('OMP_NUM_THREADS', '2')
 
-PRODUCTS = {'Text': ('a raw text file', 'documents, tokens, vectors'), 'Model': ('tokens', 'an untrained GPT that can write'),
-            'Training': ('a GPT and token files', 'a trained, measured checkpoint'), 'Alignment': ('a checkpoint', 'a model that answers as asked'),
-            'Inference': ('a model', 'fast, small, exported, served'), 'Understanding and shipping': ('everything', 'one command, and a look inside')}
+SOURCE = 'a raw text file'
+PRODUCTS = {'Text': 'documents, tokens, vectors', 'Model': 'an untrained GPT that can write', 'Training': 'a trained, measured checkpoint',
+            'Alignment': 'a model that answers as asked', 'Inference': 'fast, small, exported, served', 'Understanding and shipping': 'one command, and a look inside'}
 
 
 def status() -> str:
@@ -36,7 +36,7 @@ def picture(out: Path) -> None:
     from llm_course.core import CHAPTERS, chapter_exists
     fig, ax = plt.subplots(figsize=(9.2, 8.6))
     colors, per_row, y = plt.get_cmap('tab10').colors, 7, 0.
-    for (part, (_, product)), color in zip(PRODUCTS.items(), colors):
+    for (part, product), color in zip(PRODUCTS.items(), colors):
         mine = [c for c in CHAPTERS if c.part == part]
         rows = [mine[i:i + per_row] for i in range(0, len(mine), per_row)]
         ax.text(-.15, y - .5 * len(rows) + .08, part.replace(' and ', '\nand '), ha='right', va='center', fontsize=10, weight='bold', color=color)
@@ -45,18 +45,18 @@ def picture(out: Path) -> None:
                 there = chapter_exists(c)
                 ax.add_patch(FancyBboxPatch((x + .04, y - .8), .92, .66, boxstyle='round,pad=0,rounding_size=.12', fc=(*color, .2) if there else 'white', ec=(*color, 1 if there else .35), lw=1, ls='-' if there else '--'))
                 ax.text(x + .5, y - .35, c.number, ha='center', va='center', fontsize=9, weight='bold', color='black' if there else 'gray')
-                ax.text(x + .5, y - .6, c.about.replace('encoder decoder', 'enc-decoder'), ha='center', va='center', fontsize=7, color='black' if there else 'gray')
+                ax.text(x + .5, y - .6, c.about.replace('encoder decoder', 'enc-decoder'), ha='center', va='center', fontsize=6.5, color='black' if there else 'gray')
             y -= 1
         ax.annotate('', (per_row / 2, y - .42), (per_row / 2, y + .12), arrowprops={'arrowstyle': '-|>', 'color': '.45'})
         ax.text(per_row / 2 + .12, y - .14, product, va='center', fontsize=9, style='italic', color='.3')
         y -= .5
     ax.annotate('', (per_row / 2, 0), (per_row / 2, .45), arrowprops={'arrowstyle': '-|>', 'color': '.45'})
-    ax.text(per_row / 2 + .12, .25, PRODUCTS['Text'][0], va='center', fontsize=9, style='italic', color='.3')
+    ax.text(per_row / 2 + .12, .25, SOURCE, va='center', fontsize=9, style='italic', color='.3')
     ax.set_xlim(-1.6, per_row + .1); ax.set_ylim(y, .6); ax.axis('off')
     drawn, note = io.BytesIO(), PngInfo()
     fig.savefig(drawn, dpi=110, bbox_inches='tight')
     note.add_text('Description', status())                                    # by which a test sees that the picture is stale
-    Image.open(drawn).convert('RGB').quantize(48).save(out, optimize=True, pnginfo=note)
+    Image.open(drawn).convert('RGB').quantize(64, method=Image.Quantize.FASTOCTREE).save(out, optimize=True, pnginfo=note)
 
 
 def seconds(page: Path) -> float:
