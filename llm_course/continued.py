@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from .core import Document, generator
 from .dataloading import Batches, encode_documents
+from .dedup import words as split_words
 from .evaluation import Interval, TextItem, bootstrap_interval, contamination, token_nats
 from .generation import SamplingConfig, evaluating
 from .gpt import GPT
@@ -106,7 +107,7 @@ def cut_pages(
     chars: int = 1500 # of a page, at most
 ) -> list[str]: # joined they are the text
     "Cut a text at line ends, at spaces where a line is too long, and anywhere if there are none."
-    if chars < 1: raise ValueError(f'chars={chars}: a page has at least one character')
+    if type(chars) is not int or chars < 1: raise ValueError(f'chars={chars!r}: give a whole number of characters, 1 or more')
     return re.findall(rf'.{{1,{chars}}}(?:(?<=\n)|\Z)|.{{1,{chars}}}(?<=\s)|.{{1,{chars}}}', text, flags=re.S)
 
 def split_pages(
@@ -117,17 +118,16 @@ def split_pages(
 ) -> tuple[list[Document], list[Document]]: # what is left, in long pieces; held-out pages
     "Hold out pages by lot. Raises `ValueError` if there are fewer than two pages to choose from."
     if not 0 < share < 1: raise ValueError(f'share={share} is not between 0 and 1')
-    pages = [(d.name, n, text) for d in documents for n, text in enumerate(cut_pages(d.text, chars), 1)]
-    whole = {d.name for d in documents if len(d.text) <= chars}
-    full = [i for i, (name, _, text) in enumerate(pages) if len(text.strip()) >= chars // 4 or name in whole and text.strip()]   # no title pages
+    pages = [(at, n, text) for at, d in enumerate(documents) for n, text in enumerate(cut_pages(d.text, chars), 1)]
+    full = [i for i, (at, _, text) in enumerate(pages) if len(text.strip()) >= chars // 4 or len(documents[at].text) <= chars and text.strip()]   # no title pages
     if len(full) < 2: raise ValueError(f'{len(full)} pages of {chars} characters are too few to hold out any: use more text, or fewer chars')
     lot = torch.randperm(len(full), generator=generator(seed)).tolist()
     out = {full[i] for i in lot[:min(len(full) - 1, max(1, round(share * len(full))))]}
     kept = []
-    for (name, held), run in itertools.groupby(range(len(pages)), lambda i: (pages[i][0], i in out)):
+    for (at, held), run in itertools.groupby(range(len(pages)), lambda i: (pages[i][0], i in out)):    # by number: two documents may have one name
         run = [pages[i] for i in run]
-        if not held: kept.append(Document(f'{name} {run[0][1]}-{run[-1][1]}', ''.join(text for _, _, text in run)))
-    return kept, [Document(f'{pages[i][0]} {pages[i][1]}', pages[i][2]) for i in sorted(out)]
+        if not held: kept.append(Document(f'{documents[at].name} {run[0][1]}-{run[-1][1]}', ''.join(text for _, _, text in run)))
+    return kept, [Document(f'{documents[pages[i][0]].name} {pages[i][1]}', pages[i][2]) for i in sorted(out)]
 
 # %% ../nbs/13c_continued.ipynb #417f5890
 def _over_pages(sums: np.ndarray, counts: np.ndarray) -> Interval:
@@ -142,17 +142,17 @@ class PageScores:
 
     @property
     def perplexity(self) -> Interval:
-        "Over all tokens, with 95 % of what other pages of the same kind would have given."
+        "Over all tokens, with a 95 % interval for as many other pages of the same kind."
         return Interval(*(math.exp(x) for x in _over_pages(self.nats, self.counts)))
 
     def change(self,
                after: 'PageScores' # the same pages, another model
               ) -> Interval:
         "Nats a token that `after` has more than this; the same pages are drawn for both."
-        if not np.array_equal(self.counts, after.counts): raise ValueError(f'pages with {self.counts.tolist()[:5]}… and {after.counts.tolist()[:5]}… tokens are not the same pages')
+        if not np.array_equal(self.counts, after.counts): raise ValueError(f'{len(self.counts)} pages of {self.counts.sum():,} tokens and {len(after.counts)} of {after.counts.sum():,} are not the same pages: score the same ones with both models')
         return _over_pages(after.nats - self.nats, self.counts)
 
-# %% ../nbs/13c_continued.ipynb #b2fb1544
+# %% ../nbs/13c_continued.ipynb #04b37537
 def score_pages(
     pretrained: Pretrained,
     pages: Sequence[Document],   # at least one
@@ -161,7 +161,7 @@ def score_pages(
 ) -> PageScores:
     "Score each page on its own. Raises `ValueError` for a page without tokens."
     seq_len, nats = min(1024, pretrained.model.config.max_seq_len) if seq_len is None else seq_len, []
-    for page in tqdm(pages, 'scoring', unit=' pages', disable=not progress):
+    for page in tqdm(pages, 'scoring', unit=' pages') if progress else pages:
         ids = _start(pretrained.tokenizer) + pretrained.tokenizer.encode(page.text)
         if len(ids) < 2: raise ValueError(f'page {page.name!r} has nothing to predict: leave it out')
         nats.append(token_nats(pretrained.model, ids, seq_len, max(1, seq_len // 2)).numpy())
@@ -233,6 +233,7 @@ class Forgetting:
     @property
     def lost(self) -> tuple[str, ...]:
         "Questions that were answered rightly before, and are not any more."
+        if self.before.questions != self.after.questions: raise ValueError(f'{len(self.before.questions)} questions before and {len(self.after.questions)} after are not the same: give both snapshots the same')
         both = zip(self.before.questions, self.before.answers, self.after.answers)
         return tuple(q.prompt for q, a, b in both if is_right(a, q) and not is_right(b, q))
 
@@ -242,7 +243,7 @@ class Forgetting:
         def cell(i: Interval, form: str) -> str: return f'{i.mean:{form}} [{i.low:{form}}, {i.high:{form}}]'
         rows = [f'| {n} | {cell(s.perplexity, ".2f")} | {cell(self.after.scores[n].perplexity, ".2f")} | {cell(self.change(n), "+.3f")} |' for n, s in self.before.scores.items()]
         right = [sum(is_right(a, q) for a, q in zip(s.answers, s.questions)) for s in (self.before, self.after)]
-        if self.before.questions: rows.append(f'| questions, of {len(self.before.questions)} | {right[0]} | {right[1]} | {len(self.lost)} lost |')
+        if self.before.questions and self.before.questions == self.after.questions: rows.append(f'| questions, of {len(self.before.questions)} | {right[0]} | {right[1]} | {len(self.lost)} lost |')
         return '\n'.join(['| text | perplexity before | after | nats a token |', '|:--|--:|--:|--:|', *rows])
 
 # %% ../nbs/13c_continued.ipynb #71c4969a
@@ -289,7 +290,7 @@ def frozen(
     if not 0 <= blocks <= len(model.blocks): raise ValueError(f'blocks={blocks}: this model has {len(model.blocks)}')
     parts = [*model.blocks[:blocks], *([model.embed] if embedding else []), *([model.pos_embed] if embedding and model.pos_embed is not None else [])]
     held = [p for part in parts for p in part.parameters() if p.requires_grad]
-    for p in held: p.requires_grad_(False)
+    for p in held: p.requires_grad_(False); p.grad = None                 # an old gradient would be counted when the others are clipped
     try: yield sum(p.numel() for p in held)
     finally:
         for p in held: p.requires_grad_(True)
@@ -326,13 +327,13 @@ class Guard:
     def load_state_dict(self, state: dict) -> None: # state: from `state_dict`
         "Compare with that first look from now on. Raises `ValueError` if it was at another text."
         if state['data'] != self.batches._data: raise ValueError('the guard watched another text when this run began: pass the same')
-        self.start = state['start']
+        self.start, self.step, self.loss = state['start'], -1, math.nan           # it has not looked since
 
 # %% ../nbs/13c_continued.ipynb #b9760b9f
 class GuardedTrainer(Trainer):
     "A `Trainer` that looks at another text at each validation, and writes no checkpoint that has forgotten more than allowed."
-    def __init__(self, *args: Any, guard: Guard, **options): # as for `Trainer`
-        super().__init__(*args, extras={'guard': guard}, **options)
+    def __init__(self, *args: Any, guard: Guard, extras: dict[str, Any]|None = None, **options): # as for `Trainer`
+        super().__init__(*args, extras={'guard': guard} | (extras or {}), **options)
         self.guard = guard
 
     def _write(self, record: dict) -> None:
@@ -353,9 +354,9 @@ def check_held_out(
     n: int = 13,                   # words of a run
     most: float = .05              # share of the words in such runs that is still normal
 ) -> float: # the share that was found
-    "Look for held-out pages in the training text. Raises `ValueError` naming the worst page and where it stands."
+    "Look for held-out pages in the training text. Pages of fewer than `n` words cannot be checked. Raises `ValueError` naming the worst page and where it stands."
     found = contamination([d.text for d in held_out], documents, n)
-    share = sum(leak.share for leak in found.leaks) / max(1, found.n_items)
+    share = sum(b - a for leak in found.leaks for a, b in leak.spans) / max(1, sum(len(split_words(d.text)) for d in held_out))
     if share > most:
         worst = max(found.leaks, key=lambda leak: leak.share)
         raise ValueError(f'{share:.0%} of the held-out words stand in the training text, too, in runs of {n} or more: {len(found.leaks)} of {found.n_items} pages are touched, '
@@ -388,7 +389,7 @@ def _check_start(pretrained: Pretrained, config: TrainConfig, n_frozen: int, dev
     if dtypes := {p.dtype for p in model.parameters()} - {torch.float32}:
         raise ValueError(f'the weights are {", ".join(map(str, dtypes))}: a step of {config.lr:g} would be lost when it is rounded; load the model with dtype=torch.float32, and choose precision="bfloat16" to save time')
     plan = memory_plan(model.config, config, kind)
-    plan = replace(plan, gradients=plan.gradients - 4 * n_frozen, optimizer=plan.optimizer - 8 * n_frozen)
+    plan = replace(plan, gradients=plan.gradients - 4 * n_frozen, optimizer=plan.optimizer - plan.optimizer * n_frozen // sum(p.numel() for p in model.parameters()))
     check_fits(plan, available_memory(device) + plan.parameters * (model.embed.weight.device.type == kind))    # the weights are there already
 
 # %% ../nbs/13c_continued.ipynb #5d20dce3
@@ -405,12 +406,15 @@ def continue_pretraining(
     device: str|torch.device = 'cpu', until: int|None = None, progress: bool = True # stop after step `until`; show a bar
 ) -> Continued:
     """Let a model read more text. Raises `ValueError` for held-out pages that are in the training text and for weights in fewer than 32 bits, `MemoryError` if the run
-    does not fit; whatever `Trainer` raises. If the guard stops the run, the model goes back to the last checkpoint."""
+    does not fit, `ForgettingError` if the run in `folder` has forgotten more than allowed already; whatever `Trainer` raises. A run that goes on takes the weights of its last checkpoint.
+    If the guard stops the run, the model goes back to the last checkpoint. `other` is measured as a whole: some pages are enough."""
     model, config, tok = pretrained.model, config or gentle_config(), pretrained.tokenizer
     if max_forgetting is not None and not other: raise ValueError(f'max_forgetting={max_forgetting}, but there is no other text to measure it on: pass other=')
     for read, kept in itertools.product((documents, replay), (held_out, other)):
         if read and kept: check_held_out(read, kept)
     seq_len, (new, val, rest, old) = config.seq_len or model.config.max_seq_len, (_stream(d, tok) for d in (documents, held_out, other, replay))
+    for name, docs, ids in (('documents', documents, new), ('held_out', held_out, val), ('other', other, rest), ('replay', replay, old)):
+        if len(ids) <= seq_len and (docs or name in ('documents', 'held_out')): raise ValueError(f'{name} has {len(ids)} tokens, and one row of seq_len={seq_len} needs {seq_len + 1}: use more text, or a smaller seq_len')
     with frozen(model, freeze_blocks, freeze_embedding) as n_frozen:
         _check_start(pretrained, config, n_frozen, device)
         batches = MixedBatches(new, old, replay_share, config.batch_size, seq_len, config.seed, device) if replay else None
@@ -423,8 +427,12 @@ def continue_pretraining(
 # %% ../nbs/13c_continued.ipynb #6b1c6c73
 def _run(trainer: Trainer, until: int|None, progress: bool) -> str:
     "Train or go on; returns why the guard stopped it, or ''."
-    if not trainer.resume(): trainer.save()                                  # step 0 is where the guard can send us back to
-    try: trainer.fit(until, progress)
+    try: trainer.resume()
+    except ValueError as e:
+        if type(e) is not ValueError: raise                                  # a damaged checkpoint says itself what to do
+        raise ValueError(f'{trainer.folder} holds a run that cannot go on like this ({e}): pass the texts, replay_share and freeze_ options with which it began, or another folder') from e
+    trainer.save()                                                           # step 0 is where the guard can send us back to; a run that goes on is looked at again
+    try: trainer.fit(until, progress); trainer.save()                        # the step of `until` is judged and kept, too
     except ForgettingError as e:
         trainer.optimizer = None                                             # its memory is needed for the weights
         trainer.model.load_state_dict(load_checkpoint(list_checkpoints(trainer.folder)[-1], trainer.device).model.state_dict())
