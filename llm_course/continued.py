@@ -131,7 +131,8 @@ def split_pages(
 
 # %% ../nbs/13c_continued.ipynb #417f5890
 def _over_pages(sums: np.ndarray, counts: np.ndarray) -> Interval:
-    "Mean over all tokens, with an interval from drawing pages."
+    "Mean over all tokens, with an interval from drawing pages. One page says nothing of others: its interval is infinite."
+    if len(counts) == 1: return Interval(float(sums[0] / counts[0]), -math.inf, math.inf)
     return bootstrap_interval(np.repeat(sums / counts, counts), groups=np.repeat(np.arange(len(counts)), counts), n=2000)
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +177,7 @@ QUESTIONS: tuple[TextItem, ...] = tuple(TextItem(q, a) for q, a in (
 
 def ask(
     pretrained: Pretrained,
-    questions: Sequence[TextItem] = QUESTIONS, # each begins a conversation of its own
+    questions: Sequence[TextItem] = QUESTIONS, # each begins a conversation of its own; the `TextItem` of `llm_course.evaluation`, not a text
     max_new_tokens: int = 30                   # longest answer
 ) -> tuple[str, ...]:
     "Answers of a model, each token the likeliest. They do not depend on chance."
@@ -408,7 +409,7 @@ def continue_pretraining(
     """Let a model read more text. Raises `ValueError` for held-out pages that are in the training text and for weights in fewer than 32 bits, `MemoryError` if the run
     does not fit, `ForgettingError` if the run in `folder` has forgotten more than allowed already; whatever `Trainer` raises. A run that goes on takes the weights of its last checkpoint.
     If the guard stops the run, the model goes back to the last checkpoint. `other` is measured as a whole: some pages are enough."""
-    model, config, tok = pretrained.model, config or gentle_config(), pretrained.tokenizer
+    model, config, tok = pretrained.model, config or gentle_config(seq_len=min(256, pretrained.model.config.max_seq_len)), pretrained.tokenizer
     if max_forgetting is not None and not other: raise ValueError(f'max_forgetting={max_forgetting}, but there is no other text to measure it on: pass other=')
     for read, kept in itertools.product((documents, replay), (held_out, other)):
         if read and kept: check_held_out(read, kept)

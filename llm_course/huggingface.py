@@ -140,7 +140,7 @@ def hf_family(
     if family is not None and family not in FAMILIES: raise ValueError(f'family={family!r} is unknown: choose one of {", ".join(FAMILIES)}')
     wrong = {f: _misfits(config, f) for f in ([family] if family else FAMILIES)}
     best = min(wrong, key=lambda f: len(wrong[f]))                        # of several with nothing wrong the first
-    if wrong[best]: raise ValueError(f'no family of {", ".join(wrong)} can express this model; {best} comes nearest, but has no place for {", ".join(wrong[best])}')
+    if wrong[best]: raise ValueError((f'{best} cannot express this model: it' if family else f'no family of {", ".join(wrong)} can express this model; {best} comes nearest, but') + f' has no place for {", ".join(wrong[best])}')
     return best
 
 # %% ../nbs/13b_huggingface.ipynb #eb121e47
@@ -234,7 +234,8 @@ def hf_config(
     "A configuration as Hugging Face writes it. Raises `ValueError` for what the family cannot express."
     family = hf_family(config, family)
     sizes = {theirs: getattr(config, ours) for ours, theirs in (_GPT2_SIZES if family == 'gpt2' else _SIZES).items()}
-    special = {k.replace('_token', '_token_id'): tokenizer.special_tokens[t] for k, t in _special_tokens(tokenizer, end_ids).items()}
+    special: dict[str, Any] = dict.fromkeys(('eos_token_id', 'pad_token_id', 'bos_token_id'))    # None has to be said: the library's own defaults are ids of Llama 2
+    special |= {k.replace('_token', '_token_id'): tokenizer.special_tokens[t] for k, t in _special_tokens(tokenizer, end_ids).items()}
     if end_ids: special['eos_token_id'] = list(end_ids) if len(end_ids) > 1 else end_ids[0]
     more = _gpt2_fields(config) if family == 'gpt2' else _llama_fields(config, family, rope_scaling)
     kind = str(dtype).removeprefix('torch.')
@@ -349,18 +350,19 @@ def save_hf(
     family: str|None = None,              # insist on a family; default: the first that fits, see `hf_family`
     chat_template: ChatTemplate|None = None,  # default: that of the `Pretrained`
     end_ids: Sequence[int]|None = None,   # tokens that end an answer; default: those of the `Pretrained`, or <|endoftext|>
-    dtype: torch.dtype|None = None,       # of the weights in the file; default: as they are
-    max_shard_bytes: int = 5_000_000_000  # a larger model becomes several files
+    dtype: torch.dtype|None = None,       # of the weights in the file; default: that of the embedding
+    max_shard_bytes: int = 5_000_000_000  # a larger model becomes several files; a tensor larger than this is a file by itself
 ) -> Path: # the folder
     "Write a model as a Hugging Face folder, all or nothing. Raises `FileExistsError` rather than overwrite, `ValueError` for what no family can express."
     known = model if isinstance(model, Pretrained) else Pretrained(model, tokenizer)
     model, tokenizer, template = known.model, tokenizer or known.tokenizer, chat_template or known.chat_template
     path, ends, dtype = Path(path), tuple(known.end_ids if end_ids is None else end_ids), dtype or model.embed.weight.dtype
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16, torch.float64): raise ValueError(f'dtype={dtype!r}: weights are written as torch.float32, torch.bfloat16 or torch.float16; quantise the folder afterwards')
     _check_vocabulary(tokenizer, model.config)
     content = hf_config(model.config, tokenizer, family, getattr(model, 'rope_scaling', None), ends, dtype)
     special = _special_tokens(tokenizer, ends, template)
     if tokenizer: content |= {f'{k}_id': tokenizer.special_tokens[t] for k, t in special.items() if not (k == 'eos_token' and ends)}
-    generation = {k: v for k, v in content.items() if k.endswith('_token_id') and k != 'unk_token_id'} | {'transformers_version': content['transformers_version']}
+    generation = {k: v for k, v in content.items() if k.endswith('_token_id') and k != 'unk_token_id' and v is not None} | {'transformers_version': content['transformers_version']}
     with _new_folder(path) as tmp:
         _write_weights(tmp, model, content['model_type'], dtype, max_shard_bytes)
         _write_json(tmp/'config.json', content)
@@ -507,6 +509,7 @@ def from_hf(
 ) -> Pretrained: # its model in evaluation mode; without a tokenizer.json its tokenizer is None
     "Read a Hugging Face folder of one of FAMILIES; no code in it is run. Raises `ValueError` or `FileNotFoundError` for whatever is missing, left over, or cannot be expressed."
     folder = Path(path)
+    if not folder.is_dir(): raise FileNotFoundError(f'{folder} is no folder. If it is a model of the hub, fetch it first: hf download NAME --local-dir FOLDER')
     values = _json(folder/'config.json')
     try: config = config_from_hf(values, allow_stretched=True)
     except ValueError as e: raise ValueError(f'{folder}/config.json: {e}') from None

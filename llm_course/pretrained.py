@@ -10,7 +10,7 @@ __all__ = ['LAYOUTS', 'ARCHITECTURES', 'PRETOKENIZERS', 'END_TOKENS', 'LOADERS',
 
 # %% ../nbs/13_pretrained.ipynb #978ba9c1
 import difflib, functools, json, math, mmap, os, struct, subprocess, sys, threading, time, weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -332,6 +332,7 @@ def build_model(
     "A `GPT` around tensors that come from elsewhere. Raises `ValueError` for names that differ before any tensor is made, and for a shape that differs."
     with _NoInit(): model = GPT(config)
     want = {n: p.shape for n, p in model.named_parameters()}                 # a tied head is not listed
+    if config.tie_embeddings and 'head.weight' in weights: raise ValueError(f'{source} has head.weight, which with tie_embeddings=True is embed.weight: leave it out')
     _check_names(want, weights, source)
     for name, make in weights.items():
         w, (where, _, leaf) = make(), name.rpartition('.')
@@ -347,14 +348,21 @@ try:
     import resource
     resource.setrlimit(resource.RLIMIT_AS, (1 << 29, 1 << 29))          # half a gigabyte, then MemoryError
 except (ImportError, ValueError, OSError): resource = None
+from jinja2 import nodes
 from jinja2.exceptions import TemplateError
+from jinja2.ext import Extension
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 def raise_exception(message): raise TemplateError(message)
 def tojson(x, ensure_ascii=False, indent=None, separators=None, sort_keys=False):
     return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+class Generation(Extension):                                            # marks what the assistant wrote, for training; the text stays as it is
+    tags = {'generation'}
+    def parse(self, parser):
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(['name:endgeneration'], drop_needle=True), lineno=line)
 
-env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=['jinja2.ext.loopcontrols'])
+env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
 env.filters['tojson'] = tojson
 env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
 source = template = None
@@ -412,22 +420,24 @@ def _rendered(source: str, names: dict, seconds: float) -> str:
 class ChatTemplate:
     "The Jinja program that turns messages into the text that a chat model was trained on. It is rendered in a sandbox, in a process of its own."
     source: str
-    special: dict[str, str] = field(default_factory=dict) # names that the program may use, such as bos_token
+    special: dict[str, Any] = field(default_factory=dict) # names that the program may use in every rendering, such as bos_token or enable_thinking
     seconds: float = 5.                                   # after so long the process is ended
 
     def render(self,
-               messages: list[dict],              # dictionaries with the keys role and content
-               add_generation_prompt: bool = True # whether to end where the assistant begins
+               messages: list[dict],               # dictionaries with the keys role and content, and what else the template reads, such as tool_calls
+               add_generation_prompt: bool = True, # whether to end where the assistant begins
+               **names: Any                        # what else the template may use, such as tools (descriptions as dictionaries) or documents
               ) -> str:
-        "The text of a conversation. Raises `ChatTemplateError` for whatever goes wrong in the template."
-        return _rendered(self.source, {**self.special, 'messages': messages, 'add_generation_prompt': add_generation_prompt}, self.seconds)
+        "The text of a conversation, as `apply_chat_template` of transformers gives it. Raises `ChatTemplateError` for whatever goes wrong in the template."
+        names = {'tools': None, 'documents': None, **self.special, **names}    # these two are there for every template, if only as None
+        return _rendered(self.source, {**names, 'messages': messages, 'add_generation_prompt': add_generation_prompt}, self.seconds)
 
 # %% ../nbs/13_pretrained.ipynb #45af6b7f
 @dataclass
 class Pretrained:
     "A model with all that is needed to talk to it."
     model: GPT
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer|None               # None: it came without one, and reads ids only
     chat_template: ChatTemplate|None = None # None: a model that continues text and was never taught to converse
     end_ids: tuple[int, ...] = ()           # tokens that end an answer: end of turn, end of text
     name: str = ''
@@ -481,7 +491,8 @@ def register_loader(
     matches: Callable[[str], bool],                                    # whether a source is of this kind
     load: Callable[[str, torch.dtype, str|torch.device], Pretrained]   # (source, dtype, device) -> Pretrained
 ) -> None:
-    "Teach `load_pretrained` another kind of source. The newest is asked first."
+    "Teach `load_pretrained` another kind of source. The newest is asked first; one with the same `kind` is replaced. `build_model` helps to write `load`."
+    LOADERS.pop(kind, None)                                            # the place in a dictionary would be the old one
     LOADERS[kind] = Loader(matches, load)
 
 def load_pretrained(
@@ -489,11 +500,13 @@ def load_pretrained(
     dtype: torch.dtype = torch.float32,  # of the weights in memory
     device: str|torch.device = 'cpu'
 ) -> Pretrained:
-    "Load a model from whatever `source` is. Raises `FileNotFoundError` naming what was tried."
+    "Load a model: 'smollm2-135m-instruct', a .gguf file, a checkpoint or run folder; a Hugging Face folder once `llm_course.huggingface` is imported. Raises `FileNotFoundError` naming what was tried, `ValueError` for a `dtype` that is none for weights."
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point): raise ValueError(f'dtype={dtype!r} is no type for weights: pass torch.float32, torch.bfloat16 or torch.float16')
     for loader in reversed(LOADERS.values()):
         if loader.matches(str(source)): return loader.load(str(source), dtype, device)
-    there = 'exists, and' if Path(source).exists() else 'does not exist as a file or folder, and'
-    raise FileNotFoundError(f'{str(source)!r} {there} is none of: {"; ".join(LOADERS)}')
+    there, do = ('exists, and', '') if Path(source).exists() else ('does not exist as a file or folder, and', '. If it is a model of the hub, fetch it first: hf download NAME --local-dir FOLDER')
+    if (Path(source)/'config.json').is_file() and 'llm_course.huggingface' not in sys.modules: do = '. A Hugging Face folder is read once llm_course.huggingface is imported'
+    raise FileNotFoundError(f'{str(source)!r} {there} is none of: {"; ".join(LOADERS)}{do}')
 
 # %% ../nbs/13_pretrained.ipynb #de261d1b
 def _has_checkpoint(source: str) -> bool:
@@ -523,7 +536,8 @@ def _common(a: list[int], b: list[int]) -> int:
 
 # %% ../nbs/13_pretrained.ipynb #ed0cbd60
 class Chat:
-    "A conversation with a `Pretrained`. Between two turns the keys and values of all that stays the same are kept."
+    """A conversation with a `Pretrained`: `''.join(chat.ask('Hello'))` is an answer, and `reset` begins anew. Afterwards `history` holds the messages, `complete` says whether the answer came to
+    its end, `tokens_per_second` how fast. Between two turns the keys and values of all that stays the same are kept. Raises `ValueError` without a tokenizer."""
     def __init__(self,
                  pretrained: Pretrained,
                  system: str|None = None,                                           # standing instruction; None: what the template says
@@ -531,6 +545,7 @@ class Chat:
                  seed: int = 0,                                                     # of the drawing
                  max_new_tokens: int = 512                                          # longest answer
                 ):
+        if pretrained.tokenizer is None: raise ValueError(f'{pretrained.name or "this model"} came without a tokenizer: give it one, with dataclasses.replace(pretrained, tokenizer=...)')
         self.pretrained, self.system, self.config, self.max_new_tokens, self.seed = pretrained, system, config, max_new_tokens, seed
         self.reset()
 
@@ -549,6 +564,7 @@ def _prompt(self: Chat, text: str) -> list[int]:
     p = self.pretrained
     given = [*([{'role': 'system', 'content': self.system}] if self.system else []), {'role': 'user', 'content': text}]
     for m in given:
+        if not isinstance(m['content'], str): raise TypeError(f'the {m["role"]} text is of type {type(m["content"]).__name__}: give a str (a whole list of messages goes to chat_template.render)')
         if bad := [t for t in p.tokenizer.special_tokens if t in m['content']]:
             raise ValueError(f'the {m["role"]} text holds the special token {bad[0]!r}, with which it could pretend to be somebody else: take it out')
     if p.chat_template: return p.tokenizer.encode(p.chat_template.render(given[:-1] + self.history + given[-1:]), allowed_special='all')
@@ -559,7 +575,7 @@ def _prompt(self: Chat, text: str) -> list[int]:
 def ask(
     self: Chat,
     text: str # what the user says
-) -> Iterator[str]: # pieces of the answer
+) -> Generator[str, None, None]: # pieces of the answer
     """Answer `text`. Text and answer join the history when the answer is complete, or as far as it was taken; a text whose answer was stopped before its first piece does not. Raises `ValueError` at once for a text that
     does not fit or holds special tokens, and `ChatTemplateError` if the template refuses it."""
     if (last := self._open()) is not None: last.close()                          # an answer that was not read to its end
@@ -585,7 +601,7 @@ def _timed(self: Chat, stream: Iterator[int], ids: list[int]) -> Iterator[int]:
         if not self.complete: yield i
 
 @patch
-def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Iterator[str]:
+def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Generator[str, None, None]:
     p, answer, ids, self.complete = self.pretrained, '', list(prompt), False
     self.reused = _crop(self._cache, min(_common(self._ids, prompt), len(prompt) - 1), p.model.config.n_layer)
     stream = generate_stream(p.model, prompt, n, self.config, p.end_ids, self._generator, cache=self._cache, allowed_ids=p.tokenizer.ids)
