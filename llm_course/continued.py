@@ -144,7 +144,7 @@ class PageScores:
     @property
     def perplexity(self) -> Interval:
         "Over all tokens, with a 95 % interval for as many other pages of the same kind."
-        return Interval(*(math.exp(x) for x in _over_pages(self.nats, self.counts)))
+        return Interval(*(math.exp(x) if x < 709 else math.inf for x in _over_pages(self.nats, self.counts)))     # more is no float64
 
     def change(self,
                after: 'PageScores' # the same pages, another model
@@ -434,6 +434,7 @@ def _run(trainer: Trainer, until: int|None, progress: bool) -> str:
         raise ValueError(f'{trainer.folder} holds a run that cannot go on like this ({e}): pass the texts, replay_share and freeze_ options with which it began, or another folder') from e
     trainer.save()                                                           # step 0 is where the guard can send us back to; a run that goes on is looked at again
     try: trainer.fit(until, progress); trainer.save()                        # the step of `until` is judged and kept, too
+    except FileExistsError as e: raise FileExistsError(f'{trainer.folder} is being trained by another process: wait for it, or choose another folder') from e
     except ForgettingError as e:
         trainer.optimizer = None                                             # its memory is needed for the weights
         trainer.model.load_state_dict(load_checkpoint(list_checkpoints(trainer.folder)[-1], trainer.device).model.state_dict())

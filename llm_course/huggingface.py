@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -315,7 +316,9 @@ def _write_weights(folder: Path, model: GPT, family: str, dtype: torch.dtype, mo
     sizes = {t: sum(weights[n].numel() for n in ours) * dtype.itemsize for t, ours in names.items()}
     shards = _shards(sizes, most)
     files = ['model.safetensors'] if len(shards) == 1 else [f'model-{i:05}-of-{len(shards):05}.safetensors' for i in range(1, len(shards) + 1)]
-    for file, some in zip(files, shards): save_file({t: _for_file(t, names[t], weights, dtype) for t in some}, folder/file, metadata={'format': 'pt'})
+    for file, some in zip(files, shards):
+        try: save_file({t: _for_file(t, names[t], weights, dtype) for t in some}, folder/file, metadata={'format': 'pt'})
+        except SafetensorError as e: raise OSError(f'{file} could not be written in {folder.parent} ({e}): {sum(sizes.values()):,} bytes are needed, is the disk full?') from e
     if len(shards) > 1: _write_json(folder/'model.safetensors.index.json', {'metadata': {'total_size': sum(sizes.values())}, 'weight_map': {t: file for file, some in zip(files, shards) for t in some}})
 
 def _write_json(path: Path, content: dict) -> None: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -525,6 +528,7 @@ def from_hf(
 
 def _is_hf(source: str) -> bool:
     try: return 'model_type' in _json(Path(source)/'config.json')         # a checkpoint of chapter 10 has a config.json without it
-    except (OSError, ValueError): return False
+    except OSError: return False
+    except ValueError: return not (Path(source)/'manifest.json').is_file()                # damaged, as from_hf will say
 
 register_loader('a Hugging Face folder', _is_hf, from_hf)

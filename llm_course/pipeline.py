@@ -20,15 +20,15 @@ from fastcore.docments import docments
 
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
 from .benchmarks import SandboxError, eval_command, evaluation_report
-from .continued import QUESTIONS, Forgetting, continue_pretraining, gentle_config, snapshot, split_pages
+from .continued import QUESTIONS, Forgetting, ForgettingError, continue_pretraining, cut_pages, gentle_config, snapshot, split_pages
 from .corpus import prepare_corpus, strip_wiki   # with it come its sources
 from .debugging import Diagnosis, check_folder
 from .core import Budget, DeviceError, Document, atomic_write, generator, pick_device, read_documents, tier
 from .dataloading import TokenFile, encode_documents, open_tokens, split_documents, write_tokens
 from .generation import SamplingConfig, generate_text, stream_text
 from .gpt import GPT, GPTConfig, count_params, flops_per_token
-from .huggingface import save_hf   # with it load_pretrained reads folders of Hugging Face
-from .pretrained import Chat, chat_loop, load_pretrained
+from .huggingface import hf_config, save_hf   # with it load_pretrained reads folders of Hugging Face
+from .pretrained import Chat, Pretrained, chat_loop, load_pretrained
 from .pretraining import (BigramModel, CheckpointError, DivergedError, Evaluation, TrainConfig, Trainer, UniformModel,
                                     evaluate, find_checkpoint, list_checkpoints, load_checkpoint, plot_run, read_log)
 from .scaling import available_memory, check_fits, memory_plan
@@ -370,10 +370,25 @@ def generate_command(
 
 # %% ../nbs/26_pipeline.ipynb #db63f0e9
 def _read_line(prompt: str) -> str:
-    "A line of standard input that is no terminal, such as a file."
-    sys.stdout.write(prompt); sys.stdout.flush()
-    if not (line := sys.stdin.readline()): raise EOFError
+    "A line from a terminal, or of another standard input such as a file. Raises `EOFError` at the end, `ValueError` for bytes that are no text."
+    if sys.stdin.isatty():
+        try: import readline                          # without it a terminal hands over 4,095 bytes of a line and drops the rest
+        except ImportError: pass                      # Windows, which has no such limit
+        line = input(prompt)
+    else:
+        sys.stdout.write(prompt); sys.stdout.flush()
+        if not (line := sys.stdin.readline()): raise EOFError
+    if bad := next((c for c in line if '\udc80' <= c <= '\udcff'), None):
+        raise ValueError(f'this line holds the byte 0x{ord(bad) - 0xdc00:02x}, which is not {sys.stdin.encoding}: convert the text, for example with iconv -f latin1 -t utf-8')
     return line.rstrip('\n')
+
+def _open_model(name: str, dtype: torch.dtype, device: torch.device) -> Pretrained:
+    "A model that can read text. The folder that `adapt` made stands for the model in it."
+    path = os.path.expanduser(name)
+    if (Path(path)/'run').is_dir() and (Path(path)/'model'/'config.json').is_file(): path = os.path.join(path, 'model')
+    p = load_pretrained(path, dtype, device)
+    if p.tokenizer is None: raise ValueError(f'{path} has no tokenizer.json: it cannot turn text into tokens; copy that of the model into the folder')
+    return p
 
 def chat_command(
     model: str = 'smollm2-135m-instruct', # a model of chapter 13, a .gguf file, a folder in the layout of Hugging Face, a checkpoint or a run of your own
@@ -386,9 +401,14 @@ def chat_command(
     device: str|None = None      # cpu, cuda or mps
 ) -> None:
     "Talk in the terminal; /help lists what else can be typed."
-    p = load_pretrained(model, torch.bfloat16 if bfloat16 else torch.float32, pick_device(device))
+    config = SamplingConfig(temperature, top_p=top_p)              # what cannot be done is said before the model is loaded
+    if max_new_tokens < 1: raise ValueError(f'max_new_tokens={max_new_tokens}: an answer needs at least 1')
+    generator(seed)
+    p = _open_model(model, torch.bfloat16 if bfloat16 else torch.float32, pick_device(device))
+    if bad := [t for t in p.tokenizer.special_tokens if t in (system or '')]: raise ValueError(f'--system holds the special token {bad[0]!r}, with which it could pretend to be somebody else: take it out')
     sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()) / 1e6:.1f} M parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
-    chat_loop(Chat(p, system, SamplingConfig(temperature, top_p=top_p), seed, max_new_tokens), input if sys.stdin.isatty() else _read_line)
+    if not p.chat_template: sys.stdout.write('It has no chat template: it was not taught to converse, and goes on with what you type.\n')
+    chat_loop(Chat(p, system, config, seed, max_new_tokens), _read_line)
 
 # %% ../nbs/26_pipeline.ipynb #d7dc16b1
 def _say(text: str) -> None: print(text, flush=True)
@@ -396,7 +416,32 @@ def _say(text: str) -> None: print(text, flush=True)
 def _some_pages(name: str, most: int, share: float) -> tuple[list[Document], list[Document]]:
     "The documents of a corpus or file, without the markup of Wikipedia; some pages of them held out, at most `most`."
     docs = [Document(d.name, strip_wiki(d.text)) if name == 'wikipedia' else d for d in read_documents(name)]
-    return split_pages(docs, share=min(share, most / sum(-(-len(d.text) // 1500) for d in docs)))
+    pages = sum(len(cut_pages(d.text)) for d in docs)
+    try: return split_pages(docs, share=min(share, most / max(1, pages)))
+    except ValueError: raise ValueError(f'{name} holds {sum(len(d.text) for d in docs):,} characters, which are too few to hold out a page of 1,500 of them: give 3,000 or more') from None
+
+def _check_model(p: Pretrained, documents: Sequence[Document]) -> None:
+    "Raise at once what would otherwise be raised after the training, or in words for programmers."
+    if hasattr(p.model, 'rope_scaling'): raise ValueError(f'{p.name} has stretched RoPE ({p.model.rope_scaling["rope_type"]}), which a checkpoint cannot record: adapt a model without it')
+    hf_config(p.model.config, p.tokenizer, end_ids=p.end_ids)                         # can it be written when it is done?
+    for d in documents:
+        if bad := next((t for t in p.tokenizer.special_tokens if t in d.text), None):
+            raise ValueError(f'the document and pages {d.name!r} hold {bad!r}, which is a special token of {p.name}: take it out of the text, or write it in another way')
+
+def _check_same(folder: Path, inputs: dict) -> None:
+    "Note how a run begins. Raises `StaleError` if the run that is there began otherwise."
+    record = folder/'adapt.json'
+    if record.exists() and list_checkpoints(folder/'run'):
+        try: known = dict(json.loads(record.read_text(encoding='utf-8')))
+        except (ValueError, TypeError): raise ValueError(f'{record} is damaged: choose another --out') from None
+        if changed := [f'{k}: {known.get(k)} then, {v} now' for k, v in inputs.items() if known.get(k) != v]:
+            raise StaleError(f'{folder} holds a run that began otherwise ({", ".join(changed)}): use the same, or choose another --out')
+    with atomic_write(record, 'w') as f: json.dump(inputs, f, indent=1)
+
+def _fingerprint(model: GPT) -> str: # 16 hexadecimal digits
+    digest = hashlib.sha256()
+    for w in model.parameters(): digest.update(w.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 # %% ../nbs/26_pipeline.ipynb #64343fa7
 def adapt_command(
@@ -414,17 +459,28 @@ def adapt_command(
     device: str|None = None               # cpu, cuda or mps
 ) -> None:
     "Let a model read more text, say what it gained and forgot, and write it in the layout of Hugging Face."
-    goal, device = Path(out)/'model', pick_device(device)
+    out, device = os.path.expanduser(out), pick_device(device)
+    goal = Path(out)/'model'
     if goal.exists(): raise FileExistsError(f'{goal} exists already: choose another --out, or remove it')
     if replay_share is None: replay_share = .25 if keep else 0.
     if (replay_share or max_forgetting is not None) and not keep: raise ValueError(f'replay_share={replay_share} and max_forgetting={max_forgetting} need a text that should be kept: name one with --keep')
+    if not 0 <= replay_share < 1: raise ValueError(f'replay_share={replay_share} is not in [0, 1): with 1 nothing new would be read')
+    if max_forgetting is not None and not max_forgetting >= 0: raise ValueError(f'max_forgetting={max_forgetting}: give 0 or more nats a token, or null to watch only')
+    generator(seed)
     (train, held), (old, kept) = _some_pages(data, 40, .15), _some_pages(keep, 15, .15) if keep else ([], [])
-    p = load_pretrained(model, torch.float32, device)
-    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=seq_len or min(256, p.model.config.max_seq_len), seed=seed)
+    if both := {d.text for d in held} & {d.text for d in kept}: raise ValueError(f'{len(both)} of {len(kept)} pages of keep={keep!r} are held-out pages of data={data!r}: name another text with --keep, or null')
+    p = _open_model(model, torch.float32, device)
+    _check_model(p, (*train, *held, *old, *kept))
+    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=min(256, p.model.config.max_seq_len) if seq_len is None else seq_len, seed=seed)
+    if config.seq_len > p.model.config.max_seq_len: raise ValueError(f'seq_len={config.seq_len}, and {p.name} reads {p.model.config.max_seq_len:,} tokens: lower it')
+    _check_same(Path(out), {'model': _fingerprint(p.model), 'data': corpus_key([*train, *held]), 'keep': corpus_key([*old, *kept]), 'replay_share': replay_share}
+                | {k: getattr(config, k) for k in ('max_steps', 'batch_size', 'seq_len', 'lr', 'seed')})
     texts, questions = {f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {}), QUESTIONS if p.chat_template else ()
     _say(f'{p.name} reads {sum(len(d.text) for d in train):,} characters, {max_steps} steps of {batch_size} x {config.seq_len} tokens; {len(held)} pages are held out')
     before = snapshot(p, texts, questions, progress=True)
-    done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device)
+    try: done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device)
+    except ForgettingError as e: raise ValueError(f'the run in {out} has forgotten too much already ({e}): raise --max_forgetting, or choose another --out') from e
+    for rest in Path(out).glob('.model.*.tmp'): shutil.rmtree(rest)                     # of a write that was killed
     report = Forgetting(before, snapshot(p, texts, questions, progress=True))
     _say(str(report) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
     _say(f'Written to {save_hf(done.pretrained, None, goal)}. Talk to it: {_command("llm-course")} chat --model {shlex.quote(str(goal))}')
@@ -465,8 +521,11 @@ def main(
     argv: Sequence[str]|None = None # default: the arguments of the process
 ) -> int: # exit status: 0, 1 for an error, 130 after Ctrl-C
     "The command `llm-course`."
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))     # closed by whoever started us
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')       # a terminal that is not UTF-8
+    if argv is None and hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='surrogateescape')      # one bad byte must not cost the lines around it
     logging.basicConfig(level=logging.WARNING, format='%(message)s'); log.setLevel(logging.INFO)
     argv = list(sys.argv[1:] if argv is None else argv) or ['--help']
     try:
@@ -478,8 +537,12 @@ def main(
         else: COMMANDS[args.subcommand][1](_to_config(values), _say)
         return 0
     except KeyboardInterrupt:
-        _say('\nInterrupted. What was done is kept: the same command (without --fresh) goes on from there.')
+        kept = f' What was done is kept: the same command{" (without --fresh)" if argv[0] in COMMANDS else ""} goes on from there.'
+        _say('\nInterrupted.' + ('' if argv[0] in ('generate', 'chat') else kept))
         return 130
+    except BrokenPipeError:                                                           # the reader, such as head, has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())                # or Python complains at its end
+        return 1
     except (ValueError, OSError, ImportError, MemoryError, DeviceError, DivergedError, SandboxError) as e:
         if os.environ.get('LLM_COURSE_DEBUG'): raise
         sys.stderr.write(f'llm-course: {e}\n')

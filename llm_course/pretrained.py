@@ -513,6 +513,13 @@ def _has_checkpoint(source: str) -> bool:
     try: return Path(source).is_dir() and find_checkpoint(source).is_dir()
     except ValueError: return False
 
+def _is_gguf(source: str) -> bool:
+    "By its name, or by its first bytes."
+    if source.endswith('.gguf') or not Path(source).is_file(): return Path(source).is_file()
+    try:
+        with open(source, 'rb') as f: return f.read(4) == b'GGUF'
+    except OSError: return False
+
 def _from_checkpoint(source: str, dtype: torch.dtype, device: str|torch.device) -> Pretrained:
     found = load_checkpoint(folder := find_checkpoint(source), device)
     if found.tokenizer is None: raise ValueError(f'{folder} has no tokenizer.json: save the checkpoint with its tokenizer')
@@ -520,7 +527,7 @@ def _from_checkpoint(source: str, dtype: torch.dtype, device: str|torch.device) 
     return Pretrained(found.model.eval(), found.tokenizer, None, end_ids(found.tokenizer), folder.name)
 
 register_loader('the name smollm2-135m-instruct', 'smollm2-135m-instruct'.__eq__, lambda source, *how: load_gguf(fetch_file('smollm2-gguf'), *how))
-register_loader('a .gguf file', lambda source: source.endswith('.gguf') and Path(source).is_file(), load_gguf)
+register_loader('a .gguf file', _is_gguf, load_gguf)
 register_loader('a checkpoint or run folder of chapter 10', _has_checkpoint, _from_checkpoint)
 
 # %% ../nbs/13_pretrained.ipynb #0bff63cb
