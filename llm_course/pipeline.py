@@ -382,6 +382,7 @@ def _read_line(prompt: str) -> str:
         raise ValueError(f'this line holds the byte 0x{ord(bad) - 0xdc00:02x}, which is not {sys.stdin.encoding}: convert the text, for example with iconv -f latin1 -t utf-8')
     return line.rstrip('\n')
 
+# %% ../nbs/26_pipeline.ipynb #f06fc1f4
 def _open_model(name: str, dtype: torch.dtype, device: torch.device) -> Pretrained:
     "A model that can read text. The folder that `adapt` made stands for the model in it."
     path = os.path.expanduser(name)
@@ -390,6 +391,7 @@ def _open_model(name: str, dtype: torch.dtype, device: torch.device) -> Pretrain
     if p.tokenizer is None: raise ValueError(f'{path} has no tokenizer.json: it cannot turn text into tokens; copy that of the model into the folder')
     return p
 
+# %% ../nbs/26_pipeline.ipynb #b61bf69a
 def chat_command(
     model: str = 'smollm2-135m-instruct', # a model of chapter 13, a .gguf file, a folder in the layout of Hugging Face, a checkpoint or a run of your own
     system: str|None = None,     # standing instruction; default: what the model's template says
@@ -443,6 +445,13 @@ def _fingerprint(model: GPT) -> str: # 16 hexadecimal digits
     for w in model.parameters(): digest.update(w.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+# %% ../nbs/26_pipeline.ipynb #7d37bb87
+def _check_options(keep: str|None, replay_share: float, max_forgetting: float|None) -> None:
+    "Raise for what cannot be meant, in the words of the command line."
+    if (replay_share or max_forgetting is not None) and not keep: raise ValueError(f'replay_share={replay_share} and max_forgetting={max_forgetting} need a text that should be kept: name one with --keep')
+    if not 0 <= replay_share < 1: raise ValueError(f'replay_share={replay_share} is not in [0, 1): with 1 nothing new would be read')
+    if max_forgetting is not None and not max_forgetting >= 0: raise ValueError(f'max_forgetting={max_forgetting}: give 0 or more nats a token, or null to watch only')
+
 # %% ../nbs/26_pipeline.ipynb #64343fa7
 def adapt_command(
     data: str,                            # a text file, a folder of them, or the name of a corpus
@@ -463,9 +472,7 @@ def adapt_command(
     goal = Path(out)/'model'
     if goal.exists(): raise FileExistsError(f'{goal} exists already: choose another --out, or remove it')
     if replay_share is None: replay_share = .25 if keep else 0.
-    if (replay_share or max_forgetting is not None) and not keep: raise ValueError(f'replay_share={replay_share} and max_forgetting={max_forgetting} need a text that should be kept: name one with --keep')
-    if not 0 <= replay_share < 1: raise ValueError(f'replay_share={replay_share} is not in [0, 1): with 1 nothing new would be read')
-    if max_forgetting is not None and not max_forgetting >= 0: raise ValueError(f'max_forgetting={max_forgetting}: give 0 or more nats a token, or null to watch only')
+    _check_options(keep, replay_share, max_forgetting)
     generator(seed)
     (train, held), (old, kept) = _some_pages(data, 40, .15), _some_pages(keep, 15, .15) if keep else ([], [])
     if both := {d.text for d in held} & {d.text for d in kept}: raise ValueError(f'{len(both)} of {len(kept)} pages of keep={keep!r} are held-out pages of data={data!r}: name another text with --keep, or null')
@@ -516,16 +523,21 @@ def _parser() -> Any:
         commands.add_subcommand(name, sub, help=text)
     return parser
 
+# %% ../nbs/26_pipeline.ipynb #3adc6486
+def _open_streams(from_shell: bool) -> None:
+    "Make the standard streams of this process fit for whatever stands at their other end."
+    for name in ('stdin', 'stdout', 'stderr'):
+        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))     # closed by whoever started us
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')       # a terminal that is not UTF-8
+    if from_shell and hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='surrogateescape')      # one bad byte must not cost the lines around it
+
 # %% ../nbs/26_pipeline.ipynb #8fb56b11
 def main(
     argv: Sequence[str]|None = None # default: the arguments of the process
 ) -> int: # exit status: 0, 1 for an error, 130 after Ctrl-C
     "The command `llm-course`."
-    for name in ('stdin', 'stdout', 'stderr'):
-        if getattr(sys, name) is None: setattr(sys, name, open(os.devnull, 'r' if name == 'stdin' else 'w'))     # closed by whoever started us
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure'): stream.reconfigure(errors='replace')       # a terminal that is not UTF-8
-    if argv is None and hasattr(sys.stdin, 'reconfigure'): sys.stdin.reconfigure(errors='surrogateescape')      # one bad byte must not cost the lines around it
+    _open_streams(argv is None)
     logging.basicConfig(level=logging.WARNING, format='%(message)s'); log.setLevel(logging.INFO)
     argv = list(sys.argv[1:] if argv is None else argv) or ['--help']
     try:

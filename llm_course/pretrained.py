@@ -342,7 +342,7 @@ def build_model(
     return model.to(device).eval()
 
 # %% ../nbs/13_pretrained.ipynb #ea920fd9
-_RENDERER = '''
+_RENDERER_SETUP = '''
 import datetime, json, sys, time
 try:
     import resource
@@ -365,7 +365,10 @@ class Generation(Extension):                                            # marks 
 env = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, 'jinja2.ext.loopcontrols'])
 env.filters['tojson'] = tojson
 env.globals.update(raise_exception=raise_exception, strftime_now=lambda f: datetime.datetime.now().strftime(f))
-source = template = None
+'''
+
+# %% ../nbs/13_pretrained.ipynb #00fc4ea7
+_RENDERER = _RENDERER_SETUP + '''source = template = None
 for line in sys.stdin:
     job = json.loads(line)
     if resource:
