@@ -10,7 +10,7 @@ __all__ = ['QUESTIONS', 'parameters_by_part', 'Projection', 'project', 'Agreemen
 
 # %% ../nbs/13c_continued.ipynb #9d226244
 import itertools, math, re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -404,7 +404,8 @@ def continue_pretraining(
     max_forgetting: float|None = None, # nats a token by which `other` may get worse before the run stops
     replay: Sequence[Document] = (), replay_share: float = .25, # old text to mix in, without `other`, and its share of the rows
     freeze_blocks: int = 0, freeze_embedding: bool = False,     # as for `frozen`
-    device: str|torch.device = 'cpu', until: int|None = None, progress: bool = True # stop after step `until`; show a bar
+    device: str|torch.device = 'cpu', until: int|None = None, progress: bool = True, # stop after step `until`; show a bar
+    on_step: Callable[[Trainer, dict], None]|None = None # called after each step, as in `Trainer.fit`
 ) -> Continued:
     """Let a model read more text. Raises `ValueError` for held-out pages that are in the training text and for weights in fewer than 32 bits, `MemoryError` if the run
     does not fit, `ForgettingError` if the run in `folder` has forgotten more than allowed already; whatever `Trainer` raises. A run that goes on takes the weights of its last checkpoint.
@@ -421,19 +422,19 @@ def continue_pretraining(
         batches = MixedBatches(new, old, replay_share, config.batch_size, seq_len, config.seed, device) if replay else None
         guard = {'guard': Guard(rest, seq_len, max_forgetting, config.batch_size)} if other else {}
         trainer = (GuardedTrainer if other else Trainer)(model, new, val, config, folder, tok, device, batches=batches, **guard)
-        stopped = _run(trainer, until, progress)
+        stopped = _run(trainer, until, progress, on_step)
     model.eval()
     return Continued(replace(pretrained, name=f'{pretrained.name} continued'), read_log(Path(folder)/'log.jsonl'), stopped, list_checkpoints(folder)[-1])
 
 # %% ../nbs/13c_continued.ipynb #6b1c6c73
-def _run(trainer: Trainer, until: int|None, progress: bool) -> str:
+def _run(trainer: Trainer, until: int|None, progress: bool, on_step: Callable|None) -> str:
     "Train or go on; returns why the guard stopped it, or ''."
     try: trainer.resume()
     except ValueError as e:
         if type(e) is not ValueError: raise                                  # a damaged checkpoint says itself what to do
         raise ValueError(f'{trainer.folder} holds a run that cannot go on like this ({e}): pass the texts, replay_share and freeze_ options with which it began, or another folder') from e
     trainer.save()                                                           # step 0 is where the guard can send us back to; a run that goes on is looked at again
-    try: trainer.fit(until, progress); trainer.save()                        # the step of `until` is judged and kept, too
+    try: trainer.fit(until, progress, on_step); trainer.save()                        # the step of `until` is judged and kept, too
     except FileExistsError as e: raise FileExistsError(f'{trainer.folder} is being trained by another process: wait for it, or choose another folder') from e
     except ForgettingError as e:
         trainer.optimizer = None                                             # its memory is needed for the weights

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from fastcore.basics import patch
 from fastcore.docments import docments
 
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
@@ -110,14 +111,17 @@ class RunConfig:
         if not name or name in ('.', '..') or '/' in name or '\\' in name: raise ValueError(f'name={name!r} is not the name of a folder: choose one with --name')
         return Path(self.out)/name
 
-    def model_config(self, vocab_size: int) -> GPTConfig:
-        "The model of this run for a tokenizer of that size."
-        return GPTConfig.from_name(self.preset, **self.model | {'vocab_size': vocab_size})
+# %% ../nbs/26_pipeline.ipynb #3dc50929
+@patch
+def model_config(self: RunConfig, vocab_size: int) -> GPTConfig:
+    "The model of this run for a tokenizer of that size."
+    return GPTConfig.from_name(self.preset, **self.model | {'vocab_size': vocab_size})
 
-    def train_config(self) -> TrainConfig:
-        "The training of this run; halfway through a checkpoint is kept, unless other milestones are set."
-        t = self.train
-        return t if t.milestones else dataclasses.replace(t, milestones=(max(1, t.max_steps // 2),))
+@patch
+def train_config(self: RunConfig) -> TrainConfig:
+    "The training of this run; halfway through a checkpoint is kept, unless other milestones are set."
+    t = self.train
+    return t if t.milestones else dataclasses.replace(t, milestones=(max(1, t.max_steps // 2),))
 
 # %% ../nbs/26_pipeline.ipynb #830d98a6
 def config_path(
@@ -261,12 +265,13 @@ def pretrain(
     if resumed: say(f'model: going on from step {trainer.step}')
     plan = Budget('training', flops=left * tokens * flops_per_token(mc, trainer.seq_len), params=params, efficiency=.4, device=device.type)
     say(f'model: {params:,} parameters on {device}; {left} steps of {tokens:,} tokens, about {_duration(plan.seconds)}')
-    def report(t: Trainer, record: dict) -> None:                         # where no bar is drawn, a line for each validation
-        if 'val_loss' in record: say(f'  step {record["step"]}: loss {record["loss"]:.3f}, validation {record["val_loss"]:.3f}')
     bar = progress and sys.stderr.isatty()
-    with plan: trainer.fit(progress=progress, on_step=None if bar else report)
+    with plan: trainer.fit(progress=progress, on_step=None if bar else functools.partial(_tell_step, say=say))
     say(f'model: trained in {_duration(plan.measured["seconds"])}')
     return trainer
+
+def _tell_step(trainer: Trainer, record: dict, say: Callable[[str], None]) -> None: # where no bar is drawn, a line for each validation
+    if 'val_loss' in record: say(f'  step {record["step"]}: loss {record["loss"]:.3f}, validation {record["val_loss"]:.3f}')
 
 def _duration(seconds: float) -> str: return f'{seconds:.0f} seconds' if seconds < 100 else f'{seconds / 60:.1f} minutes'
 
@@ -386,7 +391,7 @@ def _read_line(prompt: str) -> str:
 def _open_model(name: str, dtype: torch.dtype, device: torch.device) -> Pretrained:
     "A model that can read text. The folder that `adapt` made stands for the model in it."
     path = os.path.expanduser(name)
-    if (Path(path)/'run').is_dir() and (Path(path)/'model'/'config.json').is_file(): path = os.path.join(path, 'model')
+    if (Path(path)/'adapt.json').is_file() and (Path(path)/'model'/'config.json').is_file(): path = os.path.join(path, 'model')
     p = load_pretrained(path, dtype, device)
     if p.tokenizer is None: raise ValueError(f'{path} has no tokenizer.json: it cannot turn text into tokens; copy that of the model into the folder')
     return p
@@ -422,6 +427,13 @@ def _some_pages(name: str, most: int, share: float) -> tuple[list[Document], lis
     try: return split_pages(docs, share=min(share, most / max(1, pages)))
     except ValueError: raise ValueError(f'{name} holds {sum(len(d.text) for d in docs):,} characters, which are too few to hold out a page of 1,500 of them: give 3,000 or more') from None
 
+def _read_texts(data: str, keep: str|None) -> tuple[list[Document], ...]:
+    "What will be read and its held-out pages, then the same of the text to keep."
+    (train, held), (old, kept) = _some_pages(data, 40, .15), _some_pages(keep, 15, .15) if keep else ([], [])
+    if both := {d.text for d in held} & {d.text for d in kept}: raise ValueError(f'{len(both)} of {len(kept)} pages of keep={keep!r} are held-out pages of data={data!r}: name another text with --keep, or null')
+    return train, held, old, kept
+
+# %% ../nbs/26_pipeline.ipynb #6d51a73b
 def _check_model(p: Pretrained, documents: Sequence[Document]) -> None:
     "Raise at once what would otherwise be raised after the training, or in words for programmers."
     if hasattr(p.model, 'rope_scaling'): raise ValueError(f'{p.name} has stretched RoPE ({p.model.rope_scaling["rope_type"]}), which a checkpoint cannot record: adapt a model without it')
@@ -452,6 +464,20 @@ def _check_options(keep: str|None, replay_share: float, max_forgetting: float|No
     if not 0 <= replay_share < 1: raise ValueError(f'replay_share={replay_share} is not in [0, 1): with 1 nothing new would be read')
     if max_forgetting is not None and not max_forgetting >= 0: raise ValueError(f'max_forgetting={max_forgetting}: give 0 or more nats a token, or null to watch only')
 
+def _row_length(asked: int|None, p: Pretrained) -> int:
+    "Tokens of a row: what was asked for if the model can read it, otherwise 256 or what it can read."
+    most = p.model.config.max_seq_len
+    if asked is not None and asked > most: raise ValueError(f'seq_len={asked}, and {p.name} reads {most:,} tokens: lower it')
+    return min(256, most) if asked is None else asked
+
+# %% ../nbs/26_pipeline.ipynb #4ec02b1c
+def _write_model(p: Pretrained, out: Path) -> None:
+    "Write `out`/model, and say how to talk to it and what is not needed any more."
+    for rest in out.glob('.model.*.tmp'): shutil.rmtree(rest)                             # of a write that was killed
+    goal, size = save_hf(p, None, out/'model'), sum(f.stat().st_size for f in (out/'run').rglob('*') if f.is_file())
+    _say(f'Written to {goal}. Talk to it: {_command("llm-course")} chat --model {shlex.quote(str(goal))}')
+    _say(f'The checkpoints in {out/"run"} ({size / 1e6:,.0f} MB) are not needed for that.')
+
 # %% ../nbs/26_pipeline.ipynb #64343fa7
 def adapt_command(
     data: str,                            # a text file, a folder of them, or the name of a corpus
@@ -474,23 +500,19 @@ def adapt_command(
     if replay_share is None: replay_share = .25 if keep else 0.
     _check_options(keep, replay_share, max_forgetting)
     generator(seed)
-    (train, held), (old, kept) = _some_pages(data, 40, .15), _some_pages(keep, 15, .15) if keep else ([], [])
-    if both := {d.text for d in held} & {d.text for d in kept}: raise ValueError(f'{len(both)} of {len(kept)} pages of keep={keep!r} are held-out pages of data={data!r}: name another text with --keep, or null')
+    train, held, old, kept = _read_texts(data, keep)
     p = _open_model(model, torch.float32, device)
     _check_model(p, (*train, *held, *old, *kept))
-    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=min(256, p.model.config.max_seq_len) if seq_len is None else seq_len, seed=seed)
-    if config.seq_len > p.model.config.max_seq_len: raise ValueError(f'seq_len={config.seq_len}, and {p.name} reads {p.model.config.max_seq_len:,} tokens: lower it')
+    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=_row_length(seq_len, p), seed=seed)
     _check_same(Path(out), {'model': _fingerprint(p.model), 'data': corpus_key([*train, *held]), 'keep': corpus_key([*old, *kept]), 'replay_share': replay_share}
                 | {k: getattr(config, k) for k in ('max_steps', 'batch_size', 'seq_len', 'lr', 'seed')})
-    texts, questions = {f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {}), QUESTIONS if p.chat_template else ()
     _say(f'{p.name} reads {sum(len(d.text) for d in train):,} characters, {max_steps} steps of {batch_size} x {config.seq_len} tokens; {len(held)} pages are held out')
-    before = snapshot(p, texts, questions, progress=True)
-    try: done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device)
+    measure = functools.partial(snapshot, texts={f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {}), questions=QUESTIONS if p.chat_template else (), progress=True)
+    before = measure(p)
+    try: done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device, on_step=None if sys.stderr.isatty() else functools.partial(_tell_step, say=_say))
     except ForgettingError as e: raise ValueError(f'the run in {out} has forgotten too much already ({e}): raise --max_forgetting, or choose another --out') from e
-    for rest in Path(out).glob('.model.*.tmp'): shutil.rmtree(rest)                     # of a write that was killed
-    report = Forgetting(before, snapshot(p, texts, questions, progress=True))
-    _say(str(report) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
-    _say(f'Written to {save_hf(done.pretrained, None, goal)}. Talk to it: {_command("llm-course")} chat --model {shlex.quote(str(goal))}')
+    _say(str(Forgetting(before, measure(p))) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
+    _write_model(done.pretrained, Path(out))
 
 # %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
@@ -510,6 +532,7 @@ WITH_CHECKPOINT = {'generate': ('continue a text with a trained model', generate
                   'adapt': ('let a model read more text of yours', adapt_command),
                   'eval': ('measure a trained model, and write a report', _eval_command)}
 
+# %% ../nbs/26_pipeline.ipynb #c0620060
 def _parser() -> Any:
     "The parser of the whole command."
     ArgumentParser = _jsonargparse().ArgumentParser
