@@ -22,11 +22,13 @@ from llm_course.core import Budget, fetch_file, generator
 from llm_course.huggingface import from_hf, save_hf
 from llm_course.pretrained import load_gguf, load_pretrained
 
+NOTE = ('Ours reads the tokenizer and the chat template with the model, transformers the model alone. Where the file has the dtype asked for, transformers maps it '
+        'and reads a page of it when the page is used: neither its time nor its memory holds the weights then.')
 NAME, SIDES = 'smollm2-135m-instruct', [(side, source) for source in ('gguf', 'folder') for side in ('llm_course', 'transformers')]
 
 def load(side: str, source: str, folder: str, dtype: torch.dtype) -> nn.Module:
     "One side, one source."
-    gguf = Path(fetch_file(NAME))
+    gguf = Path(fetch_file('smollm2-gguf'))
     if side == 'llm_course': return (load_gguf(gguf, dtype=dtype) if source == 'gguf' else from_hf(folder, dtype=dtype)).model
     from transformers import AutoModelForCausalLM
     if source == 'folder': return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
@@ -80,7 +82,7 @@ def main() -> None:
     if args.load: one_load(*args.load); return
     with tempfile.TemporaryDirectory() as folder:
         folder = str(save_hf(load_pretrained(NAME), None, Path(folder)/'model'))
-        text = f'{args.rounds} rounds; {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n\n' + loads(folder, args.rounds) + '\n\n' + reads(folder, args.rounds)
+        text = f'{args.rounds} rounds; {platform.machine()}, {torch.get_num_threads()} threads, PyTorch {torch.__version__}\n\n' + loads(folder, args.rounds) + f'\n\n{NOTE}\n\n' + reads(folder, args.rounds)
     print(text)
     if args.out: Path(args.out).write_text(text + '\n', encoding='utf-8')
 
