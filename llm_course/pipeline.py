@@ -476,7 +476,7 @@ def _write_model(p: Pretrained, out: Path) -> None:
     for rest in out.glob('.model.*.tmp'): shutil.rmtree(rest)                             # of a write that was killed
     goal, size = save_hf(p, None, out/'model'), sum(f.stat().st_size for f in (out/'run').rglob('*') if f.is_file())
     _say(f'Written to {goal}. Talk to it: {_command("llm-course")} chat --model {shlex.quote(str(goal))}')
-    _say(f'The checkpoints in {out/"run"} ({size / 1e6:,.0f} MB) are not needed for that.')
+    _say(f'The checkpoints in {out/"run"} ({size / 1e6:,.1f} MB) are not needed for that.')
 
 # %% ../nbs/26_pipeline.ipynb #64343fa7
 def adapt_command(
