@@ -355,13 +355,15 @@ def check_held_out(
     n: int = 13,                   # words of a run
     most: float = .05              # share of the words in such runs that is still normal
 ) -> float: # the share that was found
-    "Look for held-out pages in the training text. Pages of fewer than `n` words cannot be checked. Raises `ValueError` naming the worst page and where it stands."
-    found = contamination([d.text for d in held_out], documents, n)
-    share = sum(b - a for leak in found.leaks for a, b in leak.spans) / max(1, sum(len(split_words(d.text)) for d in held_out))
+    "Look for held-out pages in the training text; one of fewer than `n` words counts if a whole document is the same. Raises `ValueError` naming the worst page and where it stands."
+    sizes, whole = [len(split_words(d.text)) for d in held_out], {d.text.strip(): d.name for d in documents}
+    seen = [(leak.share, sum(b - a for a, b in leak.spans), held_out[leak.item].name, leak.documents[0]) for leak in contamination([d.text for d in held_out], documents, n).leaks]
+    seen += [(1., size, d.name, whole[d.text.strip()]) for d, size in zip(held_out, sizes) if size < n and d.text.strip() in whole]
+    share = sum(words for _, words, *_ in seen) / max(1, sum(sizes))
     if share > most:
-        worst = max(found.leaks, key=lambda leak: leak.share)
-        raise ValueError(f'{share:.0%} of the held-out words stand in the training text, too, in runs of {n} or more: {len(found.leaks)} of {found.n_items} pages are touched, '
-                         f'most of all {held_out[worst.item].name!r} in {worst.documents[0]!r}. Hold out other pages, or remove these from the training text')
+        _, _, page, where = max(seen)
+        raise ValueError(f'{share:.0%} of the held-out words stand in the training text, too, in runs of {n} or more: {len(seen)} of {len(held_out)} pages are touched, '
+                         f'most of all {page!r} in {where!r}. Hold out other pages, or remove these from the training text')
     return share
 
 # %% ../nbs/13c_continued.ipynb #2ee15da7
@@ -373,17 +375,17 @@ def gentle_config(
     start = dict(batch_size=2, seq_len=256, lr=3e-5, warmup=.1, final_lr=.1, weight_decay=0., eval_every=max(1, max_steps // 4), checkpoint_every=max(1, max_steps // 4), keep_checkpoints=1)
     return TrainConfig(max_steps=max_steps, **start | changes)
 
-@dataclass
-class Continued:
-    "The result of `continue_pretraining`."
-    pretrained: Pretrained  # the model as the run left it, with the tokenizer and template that it came with
-    log: list[dict]         # records of the run: loss; at validations val_loss and, with another text, other_loss
-    stopped: str            # why the guard stopped the run, or ''
-    checkpoint: Path        # from which the run goes on
+# %% ../nbs/13c_continued.ipynb #3db51149
+def _streams(tokenizer: Tokenizer, seq_len: int, **texts: Sequence[Document]) -> list[np.ndarray]:
+    "The ids of each text. Raises `ValueError` for pages that are read as well as measured, and for a text that fills no row."
+    for read, measured in itertools.product(('documents', 'replay'), ('held_out', 'other')):
+        if texts[read] and texts[measured]: check_held_out(texts[read], texts[measured])
+    ids = [np.fromiter(itertools.chain.from_iterable(encode_documents(docs, tokenizer)), np.int32) for docs in texts.values()]
+    for (name, docs), i in zip(texts.items(), ids):
+        if len(i) <= seq_len and (docs or name in ('documents', 'held_out')): raise ValueError(f'{name} has {len(i)} tokens, and one row of seq_len={seq_len} needs {seq_len + 1}: use more text, or a smaller seq_len')
+    return ids
 
-def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
-    return np.fromiter(itertools.chain.from_iterable(encode_documents(documents, tokenizer)), np.int32)
-
+# %% ../nbs/13c_continued.ipynb #98bf8259
 def _check_start(pretrained: Pretrained, config: TrainConfig, n_frozen: int, device: str|torch.device) -> None:
     "Raises `ValueError` for weights in few bits, `MemoryError` for a run that does not fit."
     model, kind = pretrained.model, torch.device(device).type
@@ -392,6 +394,14 @@ def _check_start(pretrained: Pretrained, config: TrainConfig, n_frozen: int, dev
     plan = memory_plan(model.config, config, kind)
     plan = replace(plan, gradients=plan.gradients - 4 * n_frozen, optimizer=plan.optimizer - plan.optimizer * n_frozen // sum(p.numel() for p in model.parameters()))
     check_fits(plan, available_memory(device) + plan.parameters * (model.embed.weight.device.type == kind))    # the weights are there already
+
+@dataclass
+class Continued:
+    "The result of `continue_pretraining`."
+    pretrained: Pretrained  # the model as the run left it, with the tokenizer and template that it came with
+    log: list[dict]         # records of the run: loss; at validations val_loss and, with another text, other_loss
+    stopped: str            # why the guard stopped the run, or ''
+    checkpoint: Path        # from which the run goes on
 
 # %% ../nbs/13c_continued.ipynb #5d20dce3
 def continue_pretraining(
@@ -412,18 +422,15 @@ def continue_pretraining(
     If the guard stops the run, the model goes back to the last checkpoint. `other` is measured as a whole: some pages are enough."""
     model, config, tok = pretrained.model, config or gentle_config(seq_len=min(256, pretrained.model.config.max_seq_len)), pretrained.tokenizer
     if max_forgetting is not None and not other: raise ValueError(f'max_forgetting={max_forgetting}, but there is no other text to measure it on: pass other=')
-    for read, kept in itertools.product((documents, replay), (held_out, other)):
-        if read and kept: check_held_out(read, kept)
-    seq_len, (new, val, rest, old) = config.seq_len or model.config.max_seq_len, (_stream(d, tok) for d in (documents, held_out, other, replay))
-    for name, docs, ids in (('documents', documents, new), ('held_out', held_out, val), ('other', other, rest), ('replay', replay, old)):
-        if len(ids) <= seq_len and (docs or name in ('documents', 'held_out')): raise ValueError(f'{name} has {len(ids)} tokens, and one row of seq_len={seq_len} needs {seq_len + 1}: use more text, or a smaller seq_len')
+    seq_len = config.seq_len or model.config.max_seq_len
+    new, val, rest, old = _streams(tok, seq_len, documents=documents, held_out=held_out, other=other, replay=replay)
     with frozen(model, freeze_blocks, freeze_embedding) as n_frozen:
         _check_start(pretrained, config, n_frozen, device)
         batches = MixedBatches(new, old, replay_share, config.batch_size, seq_len, config.seed, device) if replay else None
         guard = {'guard': Guard(rest, seq_len, max_forgetting, config.batch_size)} if other else {}
         trainer = (GuardedTrainer if other else Trainer)(model, new, val, config, folder, tok, device, batches=batches, **guard)
         stopped = _run(trainer, until, progress, on_step)
-    model.eval()
+    model.eval(); model.zero_grad()                                          # the gradients of the last step would stay in memory
     return Continued(replace(pretrained, name=f'{pretrained.name} continued'), read_log(Path(folder)/'log.jsonl'), stopped, list_checkpoints(folder)[-1])
 
 # %% ../nbs/13c_continued.ipynb #6b1c6c73
@@ -437,7 +444,7 @@ def _run(trainer: Trainer, until: int|None, progress: bool, on_step: Callable|No
     try: trainer.fit(until, progress, on_step); trainer.save()                        # the step of `until` is judged and kept, too
     except FileExistsError as e: raise FileExistsError(f'{trainer.folder} is being trained by another process: wait for it, or choose another folder') from e
     except ForgettingError as e:
-        trainer.optimizer = None                                             # its memory is needed for the weights
+        trainer.optimizer = None; trainer.model.zero_grad()                  # their memory is needed for the weights
         trainer.model.load_state_dict(load_checkpoint(list_checkpoints(trainer.folder)[-1], trainer.device).model.state_dict())
         return str(e)
     return ''

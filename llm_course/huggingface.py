@@ -20,7 +20,7 @@ from torch import Tensor
 
 from .gpt import GPT, GPTConfig, count_params
 from .positions import rope_table, scale_rope, yarn_attention_factor
-from .pretrained import _NoInit, ChatTemplate, Pretrained, build_model, end_ids, register_loader
+from .pretrained import _NoInit, _some, ChatTemplate, Pretrained, build_model, end_ids, register_loader
 from .pretraining import _sync
 from .subwords import HFTokenizer
 from .tokenization import CharTokenizer, Tokenizer, load_tokenizer
@@ -387,6 +387,7 @@ def _new_folder(path: Path) -> Iterator[Path]:
         except OSError as e:
             if path.exists(): raise FileExistsError(f'{path} was written by somebody else meanwhile: choose another name') from e
             raise
+        _sync(path.parent)
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
 # %% ../nbs/13b_huggingface.ipynb #8adbae25
@@ -423,8 +424,6 @@ def folder_weights(
         if names is not None and (differ := sorted(set(names) ^ set(header))): raise ValueError(f'{Path(folder)/file}: {_some(differ)} is in the index or in the file only: they do not belong together')
         found |= header
     return found
-
-def _some(names: Sequence[str]) -> str: return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
 
 # %% ../nbs/13b_huggingface.ipynb #3c2a02ae
 _BUFFERS = re.compile(r'.*\.(attn\.(masked_)?bias|rotary_emb\.inv_freq)$')                # tables that are computed, not trained

@@ -318,9 +318,13 @@ class _NoInit(TorchFunctionMode):
         if func.__name__ not in ('normal_', 'uniform_', 'kaiming_uniform_'): return func(*args, **(kwargs or {}))
 
 # %% ../nbs/13_pretrained.ipynb #76f00ea1
+def _some(names: Iterable[str]) -> str: # sorted, and eight at most
+    names = sorted(names)
+    return ', '.join(names[:8]) + (f' and {len(names) - 8} more' if len(names) > 8 else '')
+
 def _check_names(want: Iterable[str], got: Iterable[str], source: str) -> None:
     wrong = ('lacks', set(want) - set(got)), ('has tensors that this model has no place for,', set(got) - set(want))
-    said = [f'{what} {", ".join(sorted(names)[:8])}' + (f' and {len(names) - 8} more' if len(names) > 8 else '') for what, names in wrong if names]
+    said = [f'{what} {_some(names)}' for what, names in wrong if names]
     if said: raise ValueError(f'{source} {"; it ".join(said)}')
 
 def build_model(
@@ -610,6 +614,11 @@ def _timed(self: Chat, stream: Iterator[int], ids: list[int]) -> Iterator[int]:
         self.tokens_per_second, self.complete = n / seconds, i in self.pretrained.end_ids
         if not self.complete: yield i
 
+def _harmless(answer: str, special: Iterable[str]) -> str:
+    "Without the special tokens that a model wrote or spelled out, which would be real in the next prompt."
+    while bad := next((t for t in special if t in answer), None): answer = answer.replace(bad, '')
+    return answer
+
 @patch
 def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Generator[str, None, None]:
     p, answer, ids, self.complete = self.pretrained, '', list(prompt), False
@@ -620,7 +629,7 @@ def _answer(self: Chat, text: str, prompt: list[int], n: int) -> Generator[str, 
             answer += piece
             yield piece
     finally:
-        if answer or self.complete: self.history += [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': answer}]
+        if answer or self.complete: self.history += [{'role': 'user', 'content': text}, {'role': 'assistant', 'content': _harmless(answer, p.tokenizer.special_tokens)}]
         self._ids = ids
 
 # %% ../nbs/13_pretrained.ipynb #9fe6dcc4
