@@ -21,7 +21,7 @@ from fastcore.docments import docments
 
 import llm_course.optimizers     # with it come 'muon', 'sgd' and 'wsd'
 from .benchmarks import SandboxError, eval_command, evaluation_report
-from .continued import QUESTIONS, Forgetting, ForgettingError, continue_pretraining, cut_pages, gentle_config, snapshot, split_pages
+from .continued import QUESTIONS, Forgetting, ForgettingError, Snapshot, continue_pretraining, cut_pages, gentle_config, snapshot, split_pages
 from .corpus import prepare_corpus, strip_wiki   # with it come its sources
 from .debugging import Diagnosis, check_folder
 from .core import Budget, DeviceError, Document, atomic_write, generator, pick_device, read_documents, tier
@@ -67,8 +67,7 @@ def step(
         say(f'{name}: already there, made from the same inputs')
         return False
     if final and old != inputs:
-        changed = [f'{k}: {(old or {}).get(k)} then, {inputs.get(k)} now' for k in sorted(inputs.keys() | (old or {}).keys()) if inputs.get(k) != (old or {}).get(k)]
-        raise StaleError(f'{folder} was trained on another {name} ({", ".join(changed)}): choose another --name, or --fresh true to start over')
+        raise StaleError(f'{folder} was trained on another {name} ({_changed(old or {}, inputs)}): choose another --name, or --fresh true to start over')
     say(f'{name}: making it')
     if old is not None: _write_steps(folder, known)
     make()
@@ -86,6 +85,10 @@ def _read_steps(folder: Path) -> dict:
 
 def _write_steps(folder: Path, steps: dict) -> None:
     with atomic_write(folder/'steps.json', 'w') as f: json.dump(steps, f, indent=1)
+
+def _changed(then: dict, now: dict) -> str:
+    "What is different, in words; '' if nothing is."
+    return ', '.join(f'{k}: {then.get(k)} then, {now.get(k)} now' for k in sorted(then.keys() | now.keys()) if then.get(k) != now.get(k))
 
 # %% ../nbs/26_pipeline.ipynb #5b88c82a
 @dataclass(frozen=True)
@@ -109,7 +112,7 @@ class RunConfig:
         "Where the run lives: `out`/`name`."
         name = self.name or Path(self.data).stem
         if not name or name in ('.', '..') or '/' in name or '\\' in name: raise ValueError(f'name={name!r} is not the name of a folder: choose one with --name')
-        return Path(self.out)/name
+        return Path(self.out).expanduser()/name
 
 # %% ../nbs/26_pipeline.ipynb #3dc50929
 @patch
@@ -253,13 +256,15 @@ def pretrain(
     progress: bool = True                  # show bars
 ) -> Trainer: # at the last step
     "Prepare the data, then train, from the last checkpoint if there is one."
-    ready, device = prepare(config, say, progress), pick_device(config.device)
-    mc, tc = config.model_config(ready.tokenizer.vocab_size), config.train_config()
-    check_fits(memory_plan(mc, tc, device.type), available_memory(device.type))
+    device, tc = pick_device(config.device), config.train_config()
+    check_fits(memory_plan(config.model_config(config.vocab_size), tc, device.type), available_memory(device))    # before `--fresh` deletes anything
+    ready = prepare(config, say, progress)
+    mc = config.model_config(ready.tokenizer.vocab_size)
     trainer = Trainer(GPT(mc, seed=tc.seed), ready.train, ready.val, tc, config.folder, ready.tokenizer, device)
+    stream_text(trainer.model, ready.tokenizer, config.prompt, config.sample_tokens, allowed_special='all')       # raises now what `samples` would raise at the end
     resumed, tokens = trainer.resume(), tc.batch_size * tc.accumulate * trainer.seq_len
     left, params = tc.max_steps - trainer.step, sum(count_params(mc).values())
-    if not left:
+    if not left or trainer._enough():
         say(f'model: already trained for {trainer.step} steps')
         return trainer
     if resumed: say(f'model: going on from step {trainer.step}')
@@ -292,16 +297,16 @@ def samples(
     "What the model wrote before training, at its milestones and at the end: the same prompt, the same seed."
     tc = config.train_config()
     found = {int(p.name[5:]): p for p in list_checkpoints(config.folder)}
-    steps = [s for s in (*tc.milestones, tc.max_steps) if s in found]
+    steps = sorted(found.keys() & {*tc.milestones, max(found, default=0)})                # the last is not `max_steps` if patience ended the run
     models = {0: GPT(config.model_config(tokenizer.vocab_size), seed=tc.seed)} | {s: load_checkpoint(found[s]).model for s in steps}
-    draw = lambda m: generate_text(m, tokenizer, config.prompt, config.sample_tokens, config=SamplingConfig(.8, top_p=.95), generator=generator(0))
+    draw = lambda m: generate_text(m, tokenizer, config.prompt, config.sample_tokens, allowed_special='all', config=SamplingConfig(.8, top_p=.95), generator=generator(0))
     return {s: config.prompt + draw(m) for s, m in models.items()}
 
 # %% ../nbs/26_pipeline.ipynb #7588a632
 def normal(
     config: RunConfig # of a run that has been trained
 ) -> Diagnosis|None: # printing it says whether the loss is normal; None for a recipe without a band
-    "Whether the curve of a run lies in the band of its recipe (chapter 10c). Only shipped configurations have one, and only their seed may be changed."
+    "Whether the curve of a run lies in the band of its recipe (chapter 10c). Only shipped configurations have one; seed, prompt, name, device and when checkpoints are written may be changed."
     recipe = lambda c: (c.data, c.val_fraction, c.vocab_size, c.preset, c.model, dataclasses.replace(c.train, seed=0, checkpoint_every=1, keep_checkpoints=1, milestones=(), keep_best=False))
     for path in sorted(Path(str(files('llm_course')/'configs')).glob('*.yaml')):
         try:
@@ -324,7 +329,7 @@ def _draw(config: RunConfig, found: dict[str, Evaluation]) -> Path|None:
 def _command(name: str) -> str:
     "How to call one of our commands from here: by name if it is on PATH, otherwise by the place where it is installed."
     here = Path(sys.executable).parent/name
-    return name if shutil.which(name) or not here.exists() else os.path.relpath(here)
+    return name if shutil.which(name) or not here.exists() else shlex.quote(os.path.relpath(here))
 
 def _report(config: RunConfig, found: dict[str, Evaluation], texts: dict[int, str], diagnosis: Diagnosis|None, places: dict[str, Any]) -> str:
     "What a run says at its end."
@@ -365,7 +370,7 @@ def generate_command(
     device: str|None = None      # cpu, cuda or mps
 ) -> None:
     "Continue a text on standard output, as it is drawn."
-    c = load_checkpoint(find_checkpoint(checkpoint), device=pick_device(device))
+    c = load_checkpoint(find_checkpoint(os.path.expanduser(checkpoint)), device=pick_device(device))
     if c.tokenizer is None: raise CheckpointError(f'{checkpoint} has no tokenizer.json: it cannot turn text into tokens')
     g = generator(int.from_bytes(os.urandom(7), 'big') if seed is None else seed)
     sys.stdout.write(prompt)
@@ -392,6 +397,7 @@ def _open_model(name: str, dtype: torch.dtype, device: torch.device) -> Pretrain
     "A model that can read text. The folder that `adapt` made stands for the model in it."
     path = os.path.expanduser(name)
     if (Path(path)/'adapt.json').is_file() and (Path(path)/'model'/'config.json').is_file(): path = os.path.join(path, 'model')
+    elif (Path(path)/'adapt.json').is_file(): raise ValueError(f'{path} holds a run of adapt that is not finished: give the same adapt command again')
     p = load_pretrained(path, dtype, device)
     if p.tokenizer is None: raise ValueError(f'{path} has no tokenizer.json: it cannot turn text into tokens; copy that of the model into the folder')
     return p
@@ -413,7 +419,7 @@ def chat_command(
     generator(seed)
     p = _open_model(model, torch.bfloat16 if bfloat16 else torch.float32, pick_device(device))
     if bad := [t for t in p.tokenizer.special_tokens if t in (system or '')]: raise ValueError(f'--system holds the special token {bad[0]!r}, with which it could pretend to be somebody else: take it out')
-    sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()) / 1e6:.1f} M parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
+    sys.stdout.write(f'{p.name}: {sum(x.numel() for x in p.model.parameters()):,} parameters, reads {p.model.config.max_seq_len:,} tokens. /help lists the commands, /quit ends.\n')
     if not p.chat_template: sys.stdout.write('It has no chat template: it was not taught to converse, and goes on with what you type.\n')
     chat_loop(Chat(p, system, config, seed, max_new_tokens), _read_line)
 
@@ -448,8 +454,8 @@ def _check_same(folder: Path, inputs: dict) -> None:
     if record.exists() and list_checkpoints(folder/'run'):
         try: known = dict(json.loads(record.read_text(encoding='utf-8')))
         except (ValueError, TypeError): raise ValueError(f'{record} is damaged: choose another --out') from None
-        if changed := [f'{k}: {known.get(k)} then, {v} now' for k, v in inputs.items() if known.get(k) != v]:
-            raise StaleError(f'{folder} holds a run that began otherwise ({", ".join(changed)}): use the same, or choose another --out')
+        if changed := _changed(known, inputs):
+            raise StaleError(f'{folder} holds a run that began otherwise ({changed}): use the same, or choose another --out')
     with atomic_write(record, 'w') as f: json.dump(inputs, f, indent=1)
 
 def _fingerprint(model: GPT) -> str: # 16 hexadecimal digits
@@ -457,9 +463,16 @@ def _fingerprint(model: GPT) -> str: # 16 hexadecimal digits
     for w in model.parameters(): digest.update(w.detach().cpu().numpy().tobytes())
     return digest.hexdigest()[:16]
 
+def _inputs(p: Pretrained, config: TrainConfig, new: Sequence[Document], old: Sequence[Document], replay_share: float) -> dict:
+    "Everything that the run depends on, as JSON values."
+    settings = {k: getattr(config, k) for k in ('max_steps', 'batch_size', 'seq_len', 'lr', 'seed')}
+    return {'model': _fingerprint(p.model), 'data': corpus_key(new), 'keep': corpus_key(old), 'replay_share': replay_share} | settings
+
 # %% ../nbs/26_pipeline.ipynb #7d37bb87
-def _check_options(keep: str|None, replay_share: float, max_forgetting: float|None) -> None:
+def _check_options(out: Path, keep: str|None, replay_share: float, max_forgetting: float|None, seed: int) -> None:
     "Raise for what cannot be meant, in the words of the command line."
+    if (goal := out/'model').exists(): raise FileExistsError(f'{goal} exists already: choose another --out, or remove it')
+    generator(seed)
     if (replay_share or max_forgetting is not None) and not keep: raise ValueError(f'replay_share={replay_share} and max_forgetting={max_forgetting} need a text that should be kept: name one with --keep')
     if not 0 <= replay_share < 1: raise ValueError(f'replay_share={replay_share} is not in [0, 1): with 1 nothing new would be read')
     if max_forgetting is not None and not max_forgetting >= 0: raise ValueError(f'max_forgetting={max_forgetting}: give 0 or more nats a token, or null to watch only')
@@ -469,6 +482,11 @@ def _row_length(asked: int|None, p: Pretrained) -> int:
     most = p.model.config.max_seq_len
     if asked is not None and asked > most: raise ValueError(f'seq_len={asked}, and {p.name} reads {most:,} tokens: lower it')
     return min(256, most) if asked is None else asked
+
+def _measure(p: Pretrained, data: str, held: Sequence[Document], keep: str|None, kept: Sequence[Document]) -> Snapshot:
+    "Loss on both texts and, from a model that was taught to converse, answers."
+    texts = {f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {})
+    return snapshot(p, texts, QUESTIONS if p.chat_template else (), progress=True)
 
 # %% ../nbs/26_pipeline.ipynb #4ec02b1c
 def _write_model(p: Pretrained, out: Path) -> None:
@@ -494,31 +512,26 @@ def adapt_command(
     device: str|None = None               # cpu, cuda or mps
 ) -> None:
     "Let a model read more text, say what it gained and forgot, and write it in the layout of Hugging Face."
-    out, device = os.path.expanduser(out), pick_device(device)
-    goal = Path(out)/'model'
-    if goal.exists(): raise FileExistsError(f'{goal} exists already: choose another --out, or remove it')
-    if replay_share is None: replay_share = .25 if keep else 0.
-    _check_options(keep, replay_share, max_forgetting)
-    generator(seed)
+    out, device, replay_share = Path(os.path.expanduser(out)), pick_device(device), (.25 if keep else 0.) if replay_share is None else replay_share
+    _check_options(out, keep, replay_share, max_forgetting, seed)
+    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=seq_len, seed=seed)       # refuses what cannot be meant
     train, held, old, kept = _read_texts(data, keep)
     p = _open_model(model, torch.float32, device)
     _check_model(p, (*train, *held, *old, *kept))
-    config = gentle_config(max_steps, lr=lr, batch_size=batch_size, seq_len=_row_length(seq_len, p), seed=seed)
-    _check_same(Path(out), {'model': _fingerprint(p.model), 'data': corpus_key([*train, *held]), 'keep': corpus_key([*old, *kept]), 'replay_share': replay_share}
-                | {k: getattr(config, k) for k in ('max_steps', 'batch_size', 'seq_len', 'lr', 'seed')})
+    config = dataclasses.replace(config, seq_len=_row_length(seq_len, p))
+    _check_same(out, _inputs(p, config, [*train, *held], [*old, *kept], replay_share))
     _say(f'{p.name} reads {sum(len(d.text) for d in train):,} characters, {max_steps} steps of {batch_size} x {config.seq_len} tokens; {len(held)} pages are held out')
-    measure = functools.partial(snapshot, texts={f'{Path(data).name}, held out': held} | ({Path(keep).name: kept} if keep else {}), questions=QUESTIONS if p.chat_template else (), progress=True)
-    before = measure(p)
-    try: done = continue_pretraining(p, train, held, Path(out)/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device, on_step=None if sys.stderr.isatty() else functools.partial(_tell_step, say=_say))
+    before, tell = _measure(p, data, held, keep, kept), None if sys.stderr.isatty() else functools.partial(_tell_step, say=_say)
+    try: done = continue_pretraining(p, train, held, out/'run', config, kept, max_forgetting, old if replay_share else (), replay_share, device=device, on_step=tell)
     except ForgettingError as e: raise ValueError(f'the run in {out} has forgotten too much already ({e}): raise --max_forgetting, or choose another --out') from e
-    _say(str(Forgetting(before, measure(p))) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
-    _write_model(done.pretrained, Path(out))
+    _say(str(Forgetting(before, _measure(p, data, held, keep, kept))) + (f'\nStopped early: {done.stopped}. The model is that of {done.checkpoint.name}.' if done.stopped else ''))
+    _write_model(done.pretrained, out)
 
 # %% ../nbs/26_pipeline.ipynb #fb220c08
 def _data_command(config: RunConfig, say: Callable[[str], None]) -> None:
     docs = read_documents(config.data)
     say(f'{config.data}: {len(docs)} documents, {sum(len(d.text.encode()) for d in docs):,} bytes')
-    for d in docs: say(f'  {len(d.text):9,}  {d.name}')
+    for d in docs: say(f'  {len(d.text.encode()):9,}  {d.name}')
 
 @functools.wraps(eval_command)
 def _eval_command(**options: Any) -> None: _say(evaluation_report(eval_command(**options)))
