@@ -376,11 +376,14 @@ def gentle_config(
     return TrainConfig(max_steps=max_steps, **start | changes)
 
 # %% ../nbs/13c_continued.ipynb #3db51149
+def _stream(documents: Sequence[Document], tokenizer: Tokenizer) -> np.ndarray:
+    return np.fromiter(itertools.chain.from_iterable(encode_documents(documents, tokenizer)), np.int32)
+
 def _streams(tokenizer: Tokenizer, seq_len: int, **texts: Sequence[Document]) -> list[np.ndarray]:
     "The ids of each text. Raises `ValueError` for pages that are read as well as measured, and for a text that fills no row."
     for read, measured in itertools.product(('documents', 'replay'), ('held_out', 'other')):
         if texts[read] and texts[measured]: check_held_out(texts[read], texts[measured])
-    ids = [np.fromiter(itertools.chain.from_iterable(encode_documents(docs, tokenizer)), np.int32) for docs in texts.values()]
+    ids = [_stream(docs, tokenizer) for docs in texts.values()]
     for (name, docs), i in zip(texts.items(), ids):
         if len(i) <= seq_len and (docs or name in ('documents', 'held_out')): raise ValueError(f'{name} has {len(i)} tokens, and one row of seq_len={seq_len} needs {seq_len + 1}: use more text, or a smaller seq_len')
     return ids

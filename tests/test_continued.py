@@ -212,7 +212,7 @@ def test_the_stored_runs_belong_together():
     first, *runs = map(json.loads, path.read_text(encoding='utf-8').splitlines())
     before = Snapshot.from_dict(first['after'])
     assert first['steps'] == 0 and len(runs) >= 4
-    assert len({(r['lr'], r['share'], r['seed'], r['seq_len'], r.get('freeze_blocks'), r.get('max_forgetting')) for r in runs}) == len(runs)
+    assert len({(r['lr'], r['share'], r['seed'], r['seq_len'], r['batch_size'], r.get('freeze_blocks'), r.get('max_forgetting')) for r in runs}) == len(runs)
     for r in runs:
         report = Forgetting(before, Snapshot.from_dict(r['after']))
         assert all(math.isfinite(report.change(name).mean) for name in before.scores) and len(r['after']['answers']) == len(first['after']['answers'])
